@@ -1,0 +1,1 @@
+"""What a verdict costs and how good it is, measured on this machine."""

@@ -1,0 +1,1 @@
+"""Checkpoints to quantised GGUF and ONNX artifacts, each held against its source."""

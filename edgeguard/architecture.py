@@ -1,0 +1,78 @@
+"""The numbers of a Llama model that every room needs: one record, read from `config.json` or GGUF metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from edgeguard.errors import ModelFileError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a Llama decoder (RMSNorm, RoPE, GQA, SwiGLU, no biases)."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    context: int
+    """Positions the model was made for."""
+    rope_theta: float
+    rms_eps: float
+    tied: bool
+    """The output projection is the embedding."""
+    rope_scaling: Mapping[str, Any] | None = None
+    """Llama 3.1 scaling as in config.json (`rope_type` "llama3" only), or None."""
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Shape:
+        """From a Hugging Face `config.json`; raises `ModelFileError` for what is not a plain Llama decoder."""
+        if config.get("model_type") != "llama":
+            raise ModelFileError(f"This is a {config.get('model_type')!r} model; edgeguard reads 'llama' models only.")
+        if config.get("attention_bias") or config.get("mlp_bias"):
+            raise ModelFileError("The model has biases in its linear layers, which Llama Guard models do not have.")
+        try:
+            heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+            # transformers 5 moved the RoPE numbers into one mapping
+            rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+            theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
+            scaling = None if rope.get("rope_type", "default") == "default" else rope
+            if scaling is not None and scaling["rope_type"] != "llama3":
+                raise ModelFileError(f"RoPE scaling of type {scaling['rope_type']!r} is not supported, only 'llama3'.")
+            return cls(
+                layers=int(config["num_hidden_layers"]),
+                hidden=hidden,
+                heads=heads,
+                kv_heads=int(config.get("num_key_value_heads") or heads),
+                head_dim=int(config.get("head_dim") or hidden // heads),
+                ffn=int(config["intermediate_size"]),
+                vocab=int(config["vocab_size"]),
+                context=int(config["max_position_embeddings"]),
+                rope_theta=float(theta),
+                rms_eps=float(config["rms_norm_eps"]),
+                tied=bool(config.get("tie_word_embeddings", False)),
+                rope_scaling=scaling,
+            )
+        except (KeyError, TypeError) as error:
+            raise ModelFileError(f"config.json lacks {error} or holds a value of the wrong type there.") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for a manifest; `Shape(**shape.to_dict())` gives the same shape."""
+        return asdict(self)
+
+    @property
+    def parameters(self) -> int:
+        """Number of weights, embeddings included."""
+        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
+        layer = attention + 3 * self.hidden * self.ffn + 2 * self.hidden
+        return self.layers * layer + self.hidden + self.vocab * self.hidden * (1 if self.tied else 2)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values of one token in float32."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * 4

@@ -1,0 +1,1 @@
+"""What ships with edgeguard: the mini guard's artifacts. Data only; `edgeguard.store` finds it."""

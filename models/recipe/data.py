@@ -1,0 +1,80 @@
+"""The rows that the mini guard is trained on: licences, weights and the training prompt.
+
+The corpus is a JSONL of conversations with `source`, `license`, `role`, `messages`, `label`, `categories`,
+`categories_known` and `quality`; models/README.md tells where it comes from.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+LICENSES = {"MIT", "Apache-2.0", "CC0-1.0", "CC-BY-3.0", "CC-BY-4.0", "ODC-BY-1.0"}
+LEFT_OUT = {"refusal_direction", "jbb_artifacts"}  # their labels come from Llama models, whose licence forbids training others
+SHARES = {"davidson": 0.5, "edos": 0.5, "hatecheck": 0.7, "clinc150": 0.6, "mitre_frr": 0.6, "medquad": 0.6, "caia_safety": 0.6,
+          "gpteacher_roleplay": 0.7, "diasafety": 0.7}
+QUALITY = {"gold": 1.0, "silver": 0.8, "weak": 0.4}
+JUDGED_TOKENS, CONTEXT_TOKENS = 224, 96
+
+
+@dataclass(frozen=True)
+class Example:
+    ids: list[int]
+    """Prompt and answer."""
+    answer: int
+    """Index of the answer's first token."""
+    weights: list[float]
+    """Loss weight of each answer token."""
+
+
+def rows(path: Path) -> Iterator[dict[str, Any]]:
+    with gzip.open(path, "rt", encoding="utf-8") as lines:
+        yield from (json.loads(line) for line in lines)
+
+
+def free_license(row: dict[str, Any]) -> bool:
+    text = str(row["license"]).split(" ")[0]
+    return text in LICENSES and row["source"] not in LEFT_OUT
+
+
+def unit(row_id: str, seed: int) -> float:
+    """A number in [0, 1) that depends on the row and the seed alone."""
+    return int(hashlib.sha256(f"{seed}:{row_id}".encode()).hexdigest()[:12], 16) / 16**12
+
+
+def chosen(row: dict[str, Any], seed: int) -> bool:
+    return free_license(row) and unit(row["id"], seed) < SHARES.get(row["source"], 1.0)
+
+
+def cut(ids: list[int], limit: int, at: float) -> list[int]:
+    """At most `limit` tokens: the end (where replies and requests conclude) or, for a third of the rows, the beginning."""
+    return ids if len(ids) <= limit else (ids[:limit] if at < 1 / 3 else ids[-limit:])
+
+
+def encode(row: dict[str, Any], tokenizer: Tokenizer, seed: int) -> Example:
+    """The mini's prompt (profile `edgeguard-mini`) and the answer with its loss weights."""
+    def text(value: str) -> list[int]:
+        return list(tokenizer.encode(value, add_special_tokens=False).ids)
+
+    start, end = tokenizer.token_to_id("<|im_start|>"), tokenizer.token_to_id("<|im_end|>")
+    ids: list[int] = []
+    for index, message in enumerate(row["messages"]):
+        limit = JUDGED_TOKENS if index == len(row["messages"]) - 1 else CONTEXT_TOKENS
+        body = cut(text(message["content"].strip().replace("<|", "< |")), limit, unit(row["id"], seed + 1))
+        ids += [start, *text(f"{message['role']}\n"), *body, end, *text("\n")]
+    ids += [start, *text(f"verdict {row['role']}\n")]
+    codes = sorted(row["categories"], key=lambda code: int(code[1:])) if row["categories_known"] else []
+    answer = text("safe" if row["label"] == "safe" else "unsafe")
+    weights = [1.0] + [0.3] * (len(answer) - 1)
+    if row["label"] == "safe" or codes:
+        rest = text("\n" + ",".join(codes)) if codes else []
+        answer, weights = answer + rest + [end], weights + [0.3] * (len(rest) + 1)
+    scale = QUALITY[row["quality"]]
+    return Example(ids + answer, len(ids), [weight * scale for weight in weights])
