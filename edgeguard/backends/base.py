@@ -7,6 +7,7 @@ values of their ancestors. The result for a node does not depend on what else is
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeguard.errors import CancelledError, DeadlineError
+from edgeguard.errors import CancelledError, DeadlineError, InputError
 
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
@@ -63,8 +64,12 @@ class Run:
 
     @classmethod
     def within(cls, seconds: float | None) -> Run:
-        """A run that ends `seconds` from now, or never."""
-        return cls(None if seconds is None else time.monotonic() + seconds)
+        """A run that ends `seconds` from now, or never; raises `InputError` for what is no time."""
+        if seconds is None:
+            return cls()
+        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or math.isnan(seconds) or seconds < 0:
+            raise InputError(f"timeout is {seconds!r}; a number of seconds, not below 0, is needed.")
+        return cls(time.monotonic() + seconds)
 
     def cancel(self) -> None:
         """Stop the call as soon as the runtime allows; older nodes stay valid."""

@@ -1,7 +1,8 @@
 """The rows that the mini guard is trained on: licences, weights and the training prompt.
 
-The corpus is a JSONL of conversations with `source`, `license`, `role`, `messages`, `label`, `categories`,
-`categories_known` and `quality`; models/README.md tells where it comes from.
+A corpus is a folder with train.jsonl.gz and val.jsonl.gz: conversations with `source`, `license`, `role`, `messages`, `label`,
+`categories`, `categories_known` and `quality`. The folder data/ beside this file holds the rows whose licence lets them be
+passed on, written from a larger corpus by `python models/recipe/data.py CORPUS OUT`; its README names sources and licences.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,3 +80,15 @@ def encode(row: dict[str, Any], tokenizer: Tokenizer, seed: int) -> Example:
         answer, weights = answer + rest + [end], weights + [0.3] * (len(rest) + 1)
     scale = QUALITY[row["quality"]]
     return Example(ids + answer, len(ids), [weight * scale for weight in weights])
+
+
+def select(corpus: Path, out: Path) -> None:
+    """Writes the freely licensed rows of a corpus; the same input gives the same bytes."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("train.jsonl.gz", "val.jsonl.gz"):
+        kept = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows(corpus / name) if free_license(row))
+        (out / name).write_bytes(gzip.compress("".join(kept).encode(), mtime=0))
+
+
+if __name__ == "__main__":
+    select(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,9 @@
+"""Prints the N-th shell block of README.md, so that CI runs what the README shows."""
+
+import re
+import sys
+from pathlib import Path
+
+text = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
+blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
+print(blocks[int(sys.argv[1]) - 1])

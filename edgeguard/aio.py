@@ -1,0 +1,69 @@
+"""The asynchronous face of a guard: one worker thread owns the calls, the event loop never waits for a model."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from types import TracebackType
+from typing import Any, TypeVar
+
+from edgeguard.backends.base import Run
+from edgeguard.guard import Guard, Judged
+from edgeguard.verdict import ModelIdentity, Verdict
+
+T = TypeVar("T")
+
+
+class AsyncGuard:
+    """A `Guard` for asyncio. Cancelling the task that awaits a check stops the model's pass."""
+
+    def __init__(self, guard: Guard) -> None:
+        """Takes over `guard`, which is closed with this object."""
+        self._guard = guard
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="edgeguard")
+
+    @classmethod
+    async def load(cls, *args: Any, **options: Any) -> AsyncGuard:
+        """`Guard.load` with the same arguments, off the event loop."""
+        return cls(await asyncio.to_thread(functools.partial(Guard.load, *args, **options)))
+
+    @property
+    def identity(self) -> ModelIdentity:
+        """Which model judges."""
+        return self._guard.identity
+
+    async def check(self, given: Judged, role: str | None = None, threshold: float | None = None, *,
+                    timeout: float | None = None, verdict_only: bool = False) -> Verdict:  # noqa: ASYNC109
+        """As `Guard.check`; `timeout` counts from this call, waiting for other calls included."""
+        run = Run.within(timeout)
+        return await self._within(run, functools.partial(
+            self._guard.check, given, role, threshold, verdict_only=verdict_only, run=run))
+
+    async def check_many(self, items: Iterable[Judged], role: str | None = None, threshold: float | None = None, *,
+                         verdict_only: bool = False, batch: int = 16) -> AsyncIterator[Verdict]:
+        """As `Guard.check_many`; other calls get their turn between two batches."""
+        verdicts = self._guard.check_many(items, role, threshold, verdict_only=verdict_only, batch=batch)
+        while part := await self._within(Run(), lambda: list(islice(verdicts, batch))):
+            for verdict in part:
+                yield verdict
+
+    async def aclose(self) -> None:
+        """Free the model, after the calls that run."""
+        self._pool.shutdown(wait=False)
+        await asyncio.to_thread(self._guard.close)
+
+    async def __aenter__(self) -> AsyncGuard:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.aclose()
+
+    async def _within(self, run: Run, call: Callable[[], T]) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._pool, call)
+        except asyncio.CancelledError:
+            run.cancel()
+            raise

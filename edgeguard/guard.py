@@ -1,0 +1,255 @@
+"""The one module that composes: conversation, prompt, tokens, backend, decoder, verdict. One lock around the backend."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from edgeguard.answers import Answers
+from edgeguard.backends.base import Backend, BackendInfo, Node, Run
+from edgeguard.conversation import Conversation, Message
+from edgeguard.decoder import Decision, decide_many
+from edgeguard.errors import ContextLengthError, EdgeGuardError, InferenceError, InputError, ModelMismatchError, PolicyError
+from edgeguard.policy import Policy
+from edgeguard.profiles import Profile
+from edgeguard.prompt import render
+from edgeguard.tokenizer import Tokenizer, shared_prefix
+from edgeguard.verdict import Category, ModelIdentity, Role, Verdict
+
+Judged = str | Sequence[Mapping[str, Any] | Message]
+"""What can be checked: a text, or messages with role and content."""
+
+THRESHOLD = 0.5  # Llama Guard 2's model card
+LOW_MASS = 0.5
+ANSWER_ROOM = 64  # tokens of the context kept free for the answer and its branches
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One conversation on its way."""
+
+    role: Role
+    ids: list[int]
+    warnings: tuple[str, ...]
+    tokenize: float
+    """Milliseconds."""
+
+
+class Guard:
+    """A loaded guard model. Safe to share between threads: calls wait for each other. Use `Guard.load`, then `check`."""
+
+    def __init__(self, backend: Backend, tokenizer: Tokenizer, profile: Profile, identity: ModelIdentity, *,
+                 policy: Policy | None = None, neutralise: bool = False) -> None:
+        """From parts; raises `PolicyError` or `ModelMismatchError` when they do not belong together."""
+        if policy is not None and not profile.custom_policy:
+            raise PolicyError(f"{profile.title} reads no policy: it was trained on its own categories. Leave the policy out.")
+        self.profile, self.identity = profile, identity
+        self.policy = policy or profile.policy
+        self._custom, self._neutralise = policy, neutralise
+        self._backend, self._tokenizer = backend, tokenizer
+        self._answers = Answers.build(profile, [category.code for category in self.policy.categories], tokenizer)
+        if lacking := set(self._answers.ids) - set(backend.info.head_ids.tolist()):
+            raise ModelMismatchError(
+                f"The model's head has no rows for {len(lacking)} of the answer's tokens (ids {sorted(lacking)[:5]}); "
+                f"it was not converted for the profile {profile.name!r}."
+            )
+        self._roots: dict[Role, Node] = {}
+        self._prefixes: dict[Role, list[int]] = {}
+        self._lock = threading.Lock()
+        self._process = os.getpid()
+        self._closed = False
+
+    @classmethod
+    def load(cls, model: str | Path | None = None, *, backend: str | Backend = "auto", device: str = "auto",
+             threads: int | None = None, profile: str | None = None,
+             policy: Policy | str | Path | Sequence[Any] | None = None, neutralise: bool = False) -> Guard:
+        """Load a model by name or path, or the built-in one.
+
+        `backend` is `auto`, `onnx`, `llama`, `reference`, or a backend object such as a `ScriptedBackend`; `device` is `auto`,
+        `cpu`, `cuda`, `metal`, ...; `policy` is a list of categories or a YAML or JSON file. `profile` is needed only for
+        model files that do not say which guard model they are. With `neutralise`, pieces of the prompt's template inside
+        the text are defused, not only reported. Raises `ModelError`, `RuntimeMissingError`, `DeviceError`, `PolicyError`.
+        """
+        from edgeguard.loading import load_parts
+
+        chosen = policy if policy is None or isinstance(policy, Policy) else None
+        parts = load_parts(model, backend=backend, device=device, threads=threads, profile=profile)
+        try:
+            if policy is not None and chosen is None:
+                chosen = Policy.load(Path(policy)) if isinstance(policy, (str, Path)) else Policy.of(
+                    policy, prefix=parts.profile.code_prefix)
+            return cls(parts.backend, parts.tokenizer, parts.profile, parts.identity, policy=chosen, neutralise=neutralise)
+        except BaseException:
+            parts.backend.shutdown()
+            raise
+
+    @property
+    def backend_info(self) -> BackendInfo:
+        """What was really granted."""
+        return self._backend.info
+
+    def check(self, given: Judged, role: str | None = None, threshold: float | None = None, *,
+              timeout: float | None = None, verdict_only: bool = False, run: Run | None = None) -> Verdict:
+        """Judge a text or a conversation.
+
+        `role` is whose turn is judged (`user` or `assistant`; the last message's by default), `threshold` the score from
+        which on it is unsafe, `timeout` seconds; `run` is a cancel token of your own instead. `verdict_only` leaves out
+        the codes. Raises an `EdgeGuardError` whenever there is no verdict.
+        """
+        asked = self._ask(given, role)
+        return self._judge([asked], _threshold(threshold), _run(timeout, run), verdict_only)[0]
+
+    def check_many(self, items: Iterable[Judged], role: str | None = None, threshold: float | None = None, *,
+                   timeout: float | None = None, verdict_only: bool = False, batch: int = 16) -> Iterator[Verdict]:
+        """Judge many, `batch` of them in one pass, in order, as they are asked for; `timeout` seconds for each batch.
+
+        The first item that cannot be judged raises its error, after the verdicts of those before it.
+        """
+        threshold = _threshold(threshold)
+        if batch < 1:
+            raise InputError(f"batch is {batch}; at least 1 is needed.")
+        _run(timeout, None)
+        return self._batches(iter(items), role, threshold, timeout, verdict_only, batch)
+
+    def _batches(self, items: Iterator[Judged], role: str | None, threshold: float, timeout: float | None,
+                 verdict_only: bool, batch: int) -> Iterator[Verdict]:
+        while taken := list(islice(items, batch)):
+            asked: list[_Asked] = []
+            failed: EdgeGuardError | None = None
+            for item in taken:
+                try:
+                    asked.append(self._ask(item, role))
+                except EdgeGuardError as error:
+                    failed = error
+                    break
+            if asked:
+                yield from self._judge(asked, threshold, _run(timeout, None), verdict_only)
+            if failed is not None:
+                raise failed
+
+    def warmup(self) -> None:
+        """Evaluate the shared prefixes and run each kernel once, so that the first check is as fast as the others."""
+        for role in ("user", "assistant"):
+            self.check("Hello.", role, verdict_only=True)
+
+    def close(self) -> None:
+        """Free the model; closing twice is allowed."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._roots.clear()
+                self._backend.shutdown()
+
+    def __enter__(self) -> Guard:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _ask(self, given: Judged, role: str | None) -> _Asked:
+        """Tokens of the prompt, no model involved."""
+        began = time.perf_counter()
+        conversation = Conversation.of(given, role)
+        prompt = render(self.profile, conversation, self._custom, neutralise=self._neutralise)
+        ids = [*self._tokenizer.encode(prompt.segments), *self._answers.lead_in]
+        limit = min(self.profile.context, self._backend.info.context) - ANSWER_ROOM
+        if len(ids) > limit:
+            raise ContextLengthError(len(ids), limit)
+        return _Asked(conversation.role, ids, prompt.warnings, _since(began))
+
+    def _judge(self, asked: list[_Asked], threshold: float, run: Run, verdict_only: bool) -> list[Verdict]:
+        with self._held(run):
+            hits = [one.role in self._roots for one in asked]
+            began = time.perf_counter()
+            nodes = self._prefill(asked, run)
+            prefill = _since(began)
+            try:
+                decisions = decide_many(self._backend, nodes, self._answers, run, threshold=threshold, verdict_only=verdict_only)
+            finally:
+                for node in nodes:
+                    self._backend.close(node)
+            times = {"prefill": prefill, "decode": _since(began) - prefill}
+        return [self._verdict(one, hit, decision, threshold, times)
+                for one, hit, decision in zip(asked, hits, decisions, strict=True)]
+
+    def _prefill(self, asked: list[_Asked], run: Run) -> list[Node]:
+        """One node at the end of each prompt, all in one pass on the kept prefixes."""
+        entries: list[tuple[Node, list[int]]] = []
+        for one in asked:
+            prefix = self._prefix(one.role)
+            if one.role not in self._roots:
+                self._roots[one.role] = self._backend.open(prefix, run)
+            if one.ids[: len(prefix)] != prefix:
+                raise InferenceError("The text changed the tokens of the prompt before it; it cannot be judged as it stands.")
+            entries.append((self._roots[one.role], one.ids[len(prefix):]))
+        return self._backend.extend(entries, run)
+
+    def _prefix(self, role: Role) -> list[int]:
+        """Tokens that every prompt of this role begins with."""
+        if role not in self._prefixes:
+            prompts = [render(self.profile, Conversation.of(text, role), self._custom) for text in ("Hello", "1 + 1", "?")]
+            self._prefixes[role] = shared_prefix(self._tokenizer, prompts)
+        return self._prefixes[role]
+
+    @contextmanager
+    def _held(self, run: Run) -> Iterator[None]:
+        """The lock, waited for as long as the run allows."""
+        if os.getpid() != self._process:
+            raise InferenceError("This guard was loaded in another process; load it again after the fork.")
+        run.check()
+        while not self._lock.acquire(timeout=0.05):
+            run.check()
+        try:
+            if self._closed:
+                raise InferenceError("This guard is closed; load it again.")
+            yield
+        finally:
+            self._lock.release()
+
+    def _verdict(self, one: _Asked, hit: bool, decision: Decision, threshold: float, times: Mapping[str, float]) -> Verdict:
+        warnings = one.warnings
+        if decision.mass < LOW_MASS:
+            warnings += (f"The model gave its answers only {decision.mass:.0%} of the probability; is it a {self.profile.title}?",)
+        timings = {"tokenize": one.tokenize, **times}
+        kept = len(self._prefixes[one.role]) if hit else 0
+        return Verdict(
+            verdict="unsafe" if decision.unsafe else "safe", score=decision.score, threshold=threshold, mass=decision.mass,
+            role=one.role, categories=self._categories(decision), unexplored=decision.unexplored, raw=decision.raw,
+            tokens={"prompt": len(one.ids), "prefix": kept, "decoded": decision.decoded}, passes=1 + decision.passes,
+            windows=1, cache_hit=hit, timings={**timings, "total": sum(timings.values())}, model=self.identity, warnings=warnings,
+        )
+
+    def _categories(self, decision: Decision) -> tuple[Category, ...]:
+        """Listed codes in the answer's order, then the others by probability."""
+        known = {category.code: category for category in self.policy.categories}
+        others = sorted(set(decision.probabilities) - set(decision.codes), key=lambda code: -decision.probabilities[code])
+        return tuple(
+            Category(code, known[code].slug, known[code].name, decision.probabilities[code], code in decision.codes)
+            for code in [*decision.codes, *others]
+        )
+
+
+def _since(began: float) -> float:
+    return (time.perf_counter() - began) * 1000
+
+
+def _threshold(given: float | None) -> float:
+    if given is None:
+        return THRESHOLD
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given <= 1:
+        raise InputError(f"threshold is {given!r}; a number from 0 to 1 is needed.")
+    return float(given)
+
+
+def _run(timeout: float | None, run: Run | None) -> Run:
+    if run is not None and timeout is not None:
+        raise InputError("Give timeout or run, not both.")
+    return run or Run.within(timeout)

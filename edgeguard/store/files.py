@@ -1,0 +1,158 @@
+"""Files on disk: hashing, checking, writing by rename, locking. Knows no model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from edgeguard.errors import ModelFileError, StoreError
+
+Progress = Callable[[str, int, int], None]
+"""Called with a file's name, its bytes done and its bytes in all."""
+BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What a file must be."""
+
+    sha256: str
+    size: int
+    """Bytes."""
+
+
+@dataclass(frozen=True)
+class Differences:
+    """A folder compared with the records of its files."""
+
+    missing: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
+    """Files that no record names; no runtime reads them."""
+
+    @property
+    def ok(self) -> bool:
+        """Every recorded file is there, byte for byte."""
+        return not (self.missing or self.changed)
+
+
+def sha256(path: str | Path, progress: Progress | None = None) -> str:
+    """Of a file's bytes, read in blocks; raises `StoreError`."""
+    path, digest, done = Path(path), hashlib.sha256(), 0
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            while block := file.read(BLOCK):
+                digest.update(block)
+                done += len(block)
+                if progress:
+                    progress(path.name, done, size)
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}.") from error
+    return digest.hexdigest()
+
+
+def record(path: str | Path, progress: Progress | None = None) -> FileRecord:
+    """Hash and size of a file as it is now; for those who write manifests."""
+    return FileRecord(sha256(path, progress), Path(path).stat().st_size)
+
+
+def records(folder: Path, progress: Progress | None = None) -> dict[str, FileRecord]:
+    """Of every file below a folder, by its path there with `/`."""
+    return {name: record(folder / name, progress) for name in names(folder)}
+
+
+def names(folder: Path) -> list[str]:
+    """Of all files below a folder, sorted; dot files and what is unfinished are left out."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
+
+
+def compare(folder: Path, expected: Mapping[str, FileRecord], progress: Progress | None = None) -> Differences:
+    """Hash every recorded file anew."""
+    missing, changed = [], []
+    for name, want in expected.items():
+        path = folder / name
+        if not path.is_file():
+            missing.append(name)
+        elif path.stat().st_size != want.size or sha256(path, progress) != want.sha256:
+            changed.append(name)
+    return Differences(tuple(missing), tuple(changed), tuple(name for name in names(folder) if name not in expected))
+
+
+class Seen:
+    """Hashes of files already read once, kept by path, size, time and inode, so that a load need not read 8 GB twice.
+
+    Only a shortcut: an unreadable or unwritable memory means that files are hashed again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[str, Any] = {}
+        with suppress(OSError, ValueError):
+            data = json.loads(path.read_text(encoding="utf-8"))
+            self.known = data if isinstance(data, dict) else {}
+
+    def sha256(self, path: Path, progress: Progress | None = None) -> str:
+        """As remembered while the file is unchanged, else computed and remembered."""
+        stat = path.stat()
+        key, mark = str(path.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        entry = self.known.get(key)
+        if isinstance(entry, list) and entry[:3] == mark and len(entry) == 4 and isinstance(entry[3], str):
+            return entry[3]
+        digest = sha256(path, progress)
+        self.known[key] = [*mark, digest]
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_text(self.path, json.dumps(self.known))
+        return digest
+
+
+def check(folder: Path, expected: Mapping[str, FileRecord], seen: Seen, progress: Progress | None = None) -> None:
+    """The check at load: sizes of all files, and the hash of those not seen before; raises `ModelFileError`."""
+    for name, want in expected.items():
+        path = folder / name
+        if not path.is_file():
+            raise ModelFileError(f"{path} is missing, though the manifest names it. Install the model again.")
+        if (size := path.stat().st_size) != want.size:
+            raise ModelFileError(f"{path} has {size} bytes instead of {want.size}: cut off or changed. Install the model again.")
+    for name, want in expected.items():
+        if seen.sha256(folder / name, progress) != want.sha256:
+            raise ModelFileError(f"{folder / name} is not what its manifest says (SHA-256 differs). Install the model again.")
+
+
+def write_text(path: Path, text: str) -> Path:
+    """Write a text file whole or not at all: beside it as `.partial`, then renamed; raises `StoreError`."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise StoreError(f"{path} cannot be written: {error.strerror}.") from error
+    return path
+
+
+@contextmanager
+def locked(path: Path, timeout: float = 10) -> Iterator[None]:
+    """Hold a lock that the system lets go when its process dies; raises `StoreError` when another process has it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(path, timeout=timeout):
+            yield
+    except filelock.Timeout:
+        raise StoreError(f"Another process is working on {path.stem}; try again when it has finished.") from None
+    except PermissionError as error:
+        raise StoreError(f"{error.filename or path} cannot be written: {error.strerror}. Set EDGEGUARD_HOME.") from error
