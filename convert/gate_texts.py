@@ -36,7 +36,5 @@ _ASSISTANT = (
 
 def conversations() -> list[Conversation]:
     """All of them, user turns first."""
-    users = [Conversation.of(text) for text in _USER]
-    return users + [
-        Conversation.of([{"role": "user", "content": asked}, {"role": "assistant", "content": said}]) for asked, said in _ASSISTANT
-    ]
+    turns = [[{"role": "user", "content": asked}, {"role": "assistant", "content": said}] for asked, said in _ASSISTANT]
+    return [*map(Conversation.of, _USER), *map(Conversation.of, turns)]

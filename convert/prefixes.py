@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +19,10 @@ from edgeguard.conversation import Conversation
 from edgeguard.errors import ConversionError
 from edgeguard.profiles import Profile
 from edgeguard.prompt import render
+from edgeguard.store.files import Progress
 from edgeguard.tokenizer import Tokenizer, shared_prefix
 from edgeguard.verdict import Role
 from edgeguard.weights import DTYPES, Weights, widen
-
-Progress = Callable[[str, int, int], None]
-"""Told the stage, how much of it is done, and how much it is."""
 
 BLOCK = 8192  # rows of the head multiplied at a time: 128 MB at 4096 wide
 
@@ -83,10 +80,13 @@ def save_prefix(path: Path, keys: FloatArray, values: FloatArray) -> None:
         np.savez(stream, keys=keys, values=values)
 
 
-def rows(weights: Weights, name: str, index: slice | NDArray[np.int64]) -> FloatArray:
-    """Some rows of a tensor in float32, without reading the others where the source allows it."""
+def reader(weights: Weights, name: str) -> Callable[[slice | NDArray[np.int64]], FloatArray]:
+    """Gives rows of a tensor in float32; the others are not even read where the source holds plain numbers."""
     values, dtype = weights.raw(name)
-    return widen(values[index], dtype) if dtype in DTYPES else weights.tensor(name)[index]
+    if dtype in DTYPES:
+        return lambda index: widen(values[index], dtype)
+    table = weights.tensor(name)
+    return lambda index: table[index]
 
 
 class _Walker(ReferenceBackend):
@@ -94,8 +94,9 @@ class _Walker(ReferenceBackend):
 
     def walk(self, prefixes: Mapping[Role, tuple[int, ...]], entries: Sequence[Entry], progress: Progress | None) -> Walked:
         roles = list(prefixes)
-        roots = [self._embed(prefixes[role]) for role in roles]
-        leaves = [self._embed(entry.ids) for entry in entries]
+        embed = reader(self.weights, "model.embed_tokens.weight")
+        roots = [embed(np.asarray(prefixes[role])) for role in roles]
+        leaves = [embed(np.asarray(entry.ids)) for entry in entries]
         caches: dict[Role, Cache] = {role: [] for role in roles}
         for layer in range(self.shape.layers):
             for place, role in enumerate(roles):
@@ -115,13 +116,8 @@ class _Walker(ReferenceBackend):
             raise ConversionError("The source model gives numbers that are not finite; its weights are damaged.")
         return Walked(kept, logits)
 
-    def _embed(self, ids: Sequence[int]) -> FloatArray:
-        return rows(self.weights, "model.embed_tokens.weight", np.asarray(ids, np.int64))
-
     def _head(self, last: FloatArray) -> FloatArray:
         """(entries, hidden) to (entries, vocab), in blocks of the vocabulary."""
-        name = "model.embed_tokens.weight" if self.shape.tied else "lm_head.weight"
+        table = reader(self.weights, "model.embed_tokens.weight" if self.shape.tied else "lm_head.weight")
         normed = self._norm(last, "model.norm.weight")
-        blocks: list[Any] = [normed @ rows(self.weights, name, slice(start, start + BLOCK)).T
-                             for start in range(0, self.shape.vocab, BLOCK)]
-        return np.concatenate(blocks, 1)
+        return np.concatenate([normed @ table(slice(start, start + BLOCK)).T for start in range(0, self.shape.vocab, BLOCK)], 1)

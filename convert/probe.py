@@ -18,12 +18,11 @@ MOST_CODES = 50  # of a custom policy
 
 
 def needed_rows(profile: Profile, tokenizer: Tokenizer, answers: Answers) -> list[int]:
-    """Ids that the head must hold: answers, codes of the longest custom policy, surface forms, end tokens."""
-    ids = set(answers.ids) | {tokenizer.control(end) for end in profile.ends}
+    """Ids that the head must hold: all answers and end tokens, and the codes of the longest custom policy."""
+    ids = set(answers.ids)
     if profile.custom_policy:
         codes = [f"{profile.code_prefix}{number}" for number in range(1, MOST_CODES + 1)]
         ids |= set(Answers.build(profile, codes, tokenizer).ids)
-    ids |= {tokenizer.encode_text(form)[0] for form in (*profile.safe_forms, *profile.unsafe_forms)}
     return sorted(ids)
 
 
@@ -35,15 +34,15 @@ def head_rows(needed: Sequence[int], logits: FloatArray, sentinels: int = SENTIN
     return tuple(sorted({*needed, *np.argsort(-others, kind="stable")[:count].tolist()}))
 
 
-def probe(profile: Profile, tokenizer: Tokenizer, answers: Answers, logits: FloatArray, bare: FloatArray,
-          rows: Sequence[int]) -> dict[str, Any]:
+def probe(profile: Profile, answers: Answers, rows: Sequence[int], logits: FloatArray, bare: FloatArray) -> dict[str, Any]:
     """The manifest's `probe`.
 
-    `logits` (prompts, vocab) with the profile's beginning tokens, `bare` the same without them (no rows if it has none).
+    `logits` (prompts, vocab) with the profile's beginning tokens, `bare` without them (no rows if it has none).
     `forms`: mean probability of each surface form's first token; `mass`: share of all forms in the whole vocabulary,
     `mass_in_rows`: in the rows that are kept.
     """
-    spelled = {form: tokenizer.encode_text(form)[0] for form in (*profile.safe_forms, *profile.unsafe_forms)}
+    forms = (*profile.safe_forms, *profile.unsafe_forms)
+    spelled = {form: ids[0] for form, ids in zip(forms, (*answers.safe, *answers.unsafe), strict=True)}
     firsts = sorted(set(spelled.values()))
     likely = softmax(logits)
     mass = likely[:, firsts].sum(1)

@@ -69,7 +69,7 @@ def int8_rows(name: str, weights: NDArray[np.float32]) -> Int8Rows:
 
 
 def int4_blocks(name: str, weights: NDArray[np.float32]) -> Int4Blocks:
-    """Quantise (out, in) to 4 bits with one scale a block of 32; raises `ConversionError` also for widths that 32 does not divide."""
+    """Quantise (out, in) to 4 bits with one scale a block; raises `ConversionError`, also for widths that 32 does not divide."""
     _check(name, weights)
     out, width = weights.shape
     if width % BLOCK:
@@ -86,7 +86,7 @@ def int4_blocks(name: str, weights: NDArray[np.float32]) -> Int4Blocks:
 
 
 def _search(rows: NDArray[np.float32], starts: list[NDArray[np.float32]], low: int, high: int) -> NDArray[np.float32]:
-    """For each row the float16 scale of least squared error: every start rounds the weights, which then ask for their best scale."""
+    """Each row's float16 scale of least squared error: every start rounds the weights, which then ask for their best scale."""
     best, least = np.zeros(len(rows), np.float32), np.full(len(rows), np.inf, np.float32)
     for start in starts:
         steps = _nearest(rows, start, low, high)

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeguard.convert.prefixes import Progress
-from edgeguard.errors import ConversionError, ModelFileError, ModelNotFoundError, RuntimeMissingError, StoreError
-from edgeguard.store.files import sha256
+from edgeguard.errors import ModelFileError, ModelMismatchError, ModelNotFoundError
+from edgeguard.store import Artifact, pull, resolve, sha256
+from edgeguard.store.catalogue import HUB_ID, Model
+from edgeguard.store.files import Progress
 from edgeguard.weights import SafetensorsWeights, Weights
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-WANTED = ["*.safetensors", "config.json", "tokenizer.json", "LICENSE*", "USE_POLICY*", "NOTICE*"]
+WANTED = ("*.safetensors", "config.json", "tokenizer.json", "LICENSE*", "USE_POLICY*")
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,14 +21,14 @@ class Source:
     """A checkpoint that can be converted."""
 
     kind: str
-    """`folder`, `hub` or `gguf`."""
+    """`folder` or `gguf`."""
     name: str
-    """The hub id, or the name of the folder or file without its ending."""
+    """The hub id, or the name of the folder, or of the file without its ending."""
     path: Path
     """The folder or the file."""
     weights: Weights
     tokenizer: Path | None
-    """Its tokenizer.json; None for a GGUF, which carries the vocabulary inside."""
+    """A tokenizer.json; None for a GGUF, which carries its vocabulary inside."""
 
     @property
     def folder(self) -> Path:
@@ -53,73 +51,48 @@ class Source:
         files = sorted([*self.path.glob("*.safetensors"), self.path / "config.json"])
         return hashlib.sha256("".join(f"{file.name} {sha256(file, progress)}\n" for file in files).encode()).hexdigest()
 
-    def close(self) -> None:
-        """Let go of a mapped file, where the weights hold one."""
-        shut: Callable[[], None] | None = getattr(self.weights, "close", None)
-        if shut:
-            shut()
 
-
-def open_source(given: str | Path, tokenizer: Path | None = None, *, offline: bool = False) -> Source:
-    """Find and open a source; `tokenizer` is a tokenizer.json to use instead of its own.
+def open_source(given: str | Path, tokenizer: Path | None = None, progress: Progress | None = None) -> Source:
+    """Find and open a source; a hub id that is not installed is fetched; `tokenizer` is used instead of the source's own.
 
     Raises `ModelNotFoundError` when there is nothing of that name, `ModelFileError` when it is no model that can be
     converted, `StoreError` when the hub cannot be reached or refuses.
     """
-    path = Path(given)
     if tokenizer is not None and not tokenizer.is_file():
-        raise ModelFileError(f"{tokenizer} is missing; --tokenizer takes the path of a tokenizer.json.")
-    if path.is_dir():
-        return _folder("folder", path.resolve().name, path, tokenizer)
-    if path.is_file():
-        return _gguf(path, tokenizer)
-    if isinstance(given, str) and HUB_ID.fullmatch(given):
-        return _folder("hub", given, _download(given, offline), tokenizer)
-    raise ModelNotFoundError(f"{given} is no folder, no .gguf file and no hub id of the form owner/name.")
+        raise ModelFileError(f"{tokenizer} is missing; a tokenizer is the path of a tokenizer.json.")
+    model = _find(given, progress)
+    if model.kind == "gguf":
+        from edgeguard.convert.gguf_source import GgufWeights
 
-
-def _folder(kind: str, name: str, path: Path, tokenizer: Path | None) -> Source:
-    inside = path / "tokenizer.json"
-    if tokenizer is None and not inside.is_file():
-        raise ModelFileError(f"{path} has no tokenizer.json; give one with --tokenizer.")
-    return Source(kind, name, path, SafetensorsWeights(path), tokenizer or inside)
-
-
-def _gguf(path: Path, tokenizer: Path | None) -> Source:
-    with path.open("rb") as stream:
-        magic = stream.read(4)
-    if magic != b"GGUF":
-        raise ModelFileError(f"{path} is not a GGUF file. Convert from a GGUF, a Hugging Face folder or a hub id.")
-    from edgeguard.convert.gguf_source import GgufWeights
-
-    return Source("gguf", path.stem, path, GgufWeights(path), tokenizer)
-
-
-def _download(name: str, offline: bool) -> Path:
-    """The hub's snapshot of a repository; every refusal is told with what to do about it."""
-    try:
-        from huggingface_hub import errors, snapshot_download
-    except ImportError:
-        raise RuntimeMissingError("huggingface_hub (it fetches models by hub id)", "convert") from None
-    try:
-        return Path(snapshot_download(name, allow_patterns=WANTED, local_files_only=offline))
-    except errors.GatedRepoError:
-        raise StoreError(f"The hub does not give out {name} without consent. Accept its licence on https://huggingface.co/{name}, "
-                         "then log in with: huggingface-cli login") from None
-    except errors.RepositoryNotFoundError:
-        raise StoreError(f"The hub has no {name}, or it is private and you are not logged in (huggingface-cli login).") from None
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
-        raise StoreError(f"{name} is not in the hub's local cache and the hub cannot be reached (no network, or offline mode is "
-                         "on). Download it where there is a network and give its folder.") from None
-    except errors.HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", "an error")
-        hint = {401: " Log in with: huggingface-cli login", 403: f" Ask for access on https://huggingface.co/{name}"}
-        raise StoreError(f"The hub answered {status} for {name}.{hint.get(status, '')}") from None
-    except OSError as error:
-        raise StoreError(f"{name} could not be downloaded: {error}") from None
+        return Source("gguf", model.weights.stem, model.weights, GgufWeights(model.weights), tokenizer)
+    folder = model.folder
+    own = folder / "tokenizer.json"
+    if tokenizer is None and not own.is_file():
+        raise ModelFileError(f"{folder} has no tokenizer.json; give the path of one (--tokenizer).")
+    name = str(given) if _is_hub_id(given) else folder.resolve().name
+    return Source("folder", name, folder, SafetensorsWeights(folder), tokenizer or own)
 
 
 def check_vocabulary(weights: Weights, tokens: int) -> None:
-    """Raises `ConversionError` when the tokenizer has ids that the embedding has no rows for."""
+    """Raises `ModelMismatchError` when the tokenizer has ids that the embedding has no rows for."""
     if tokens > weights.shape.vocab:
-        raise ConversionError(f"The tokenizer has {tokens} tokens, the model embeds {weights.shape.vocab}; they do not belong together.")
+        raise ModelMismatchError(
+            f"The tokenizer has {tokens} tokens, the model embeds only {weights.shape.vocab}; they do not belong together."
+        )
+
+
+def _find(given: str | Path, progress: Progress | None) -> Model:
+    try:
+        model = resolve(given, ("hf", "gguf"))
+    except ModelNotFoundError:
+        if not _is_hub_id(given):
+            raise
+        pull(str(given), progress=progress, include=WANTED)
+        model = resolve(given, ("hf", "gguf"))
+    if isinstance(model, Artifact) and model.kind != "gguf":
+        raise ModelFileError(f"{given} is an ONNX artifact already; convert from the checkpoint that it was made from.")
+    return model
+
+
+def _is_hub_id(given: str | Path) -> bool:
+    return isinstance(given, str) and HUB_ID.fullmatch(given) is not None and not Path(given).exists()

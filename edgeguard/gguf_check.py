@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from edgeguard.architecture import Shape
 from edgeguard.errors import ModelFileError
@@ -71,7 +71,7 @@ class GgufArray:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: int) -> str | float:
         with self.path.open("rb") as stream:
             stream.seek(self.starts[index])
             return self._decoded(stream.read(self.starts[index + 1] - self.starts[index]))
@@ -84,11 +84,13 @@ class GgufArray:
             data = stream.read(self.starts[-1] - first)
         if self.kind != STRING:
             return list(struct.unpack(f"<{len(self)}{SCALARS[self.kind]}", data))
-        return [self._decoded(data[start - first:stop - first]) for start, stop in zip(self.starts, self.starts[1:], strict=False)]
+        ends = self.starts[1:]
+        return [self._decoded(data[start - first:end - first]) for start, end in zip(self.starts, ends, strict=False)]
 
-    def _decoded(self, data: bytes) -> Any:
+    def _decoded(self, data: bytes) -> str | float:
         if self.kind != STRING:
-            return struct.unpack("<" + SCALARS[self.kind], data)[0]
+            value: float = struct.unpack("<" + SCALARS[self.kind], data)[0]
+            return value
         try:
             return data[8:].decode("utf-8")
         except UnicodeDecodeError:
@@ -134,6 +136,7 @@ def check_gguf(path: Path) -> GgufHeader:
         tensors_count, keys_count = reader.start()
         metadata, kinds = reader.metadata(keys_count)
         tensors = reader.tensors(tensors_count, metadata)
+    _check_kind(path, metadata)
     _check_tokenizer(path, metadata, kinds)
     shape = _shape(path, metadata, tensors)
     return GgufHeader(path, metadata, tensors, shape)
@@ -172,7 +175,7 @@ class _Reader:
         self.at = start + count
         return start
 
-    def number(self, code: str) -> Any:
+    def number(self, code: str) -> Any:  # noqa: ANN401, a number of the kind that `code` says
         return struct.unpack_from("<" + code, self.data, self.skip(struct.calcsize("<" + code)))[0]
 
     def text(self, limit: int, what: str) -> str:
@@ -263,7 +266,7 @@ class _Reader:
             if name in found:
                 raise self.bad(f"the tensor {name!r} stands there twice")
             if tensor.offset != expected:
-                raise self.bad(f"the tensor {name!r} begins at {tensor.offset} where {expected} is due: data overlap or have gaps")
+                raise self.bad(f"the tensor {name!r} begins at {tensor.offset}, not {expected}: data overlap or have gaps")
             expected += _padded(tensor.nbytes, alignment)
             if base + expected > self.size:
                 raise self.bad(f"the tensor {name!r} ends at byte {base + expected} of {self.size}; the file was cut off")
@@ -293,16 +296,19 @@ def _padded(size: int, alignment: int) -> int:
     return -(-size // alignment) * alignment
 
 
-def _shape(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor]) -> Shape:
-    """Sizes from the metadata of a plain Llama decoder whose embedding fits them."""
+def _check_kind(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Only a plain Llama decoder in one file goes on."""
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
-        raise ModelFileError(f"{path} is a {architecture!r} model; edgeguard reads 'llama' models only.")
+        raise ModelFileError(f"{path} is a {_brief(architecture)} model; edgeguard reads 'llama' models only.")
     if metadata.get("split.count", 1) not in (0, 1):
         raise ModelFileError(f"{path} is one part of a split model. Join the parts with llama-gguf-split --merge.")
     if metadata.get("llama.expert_count", 0) != 0:
         raise ModelFileError(f"{path} is a mixture of experts, which Llama Guard models are not.")
 
+
+def _shape(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, GgufTensor]) -> Shape:
+    """Sizes from the metadata, with an embedding that fits them."""
     def whole(key: str, default: int | None = None) -> int:
         value = metadata.get(f"llama.{key}", default)
         if type(value) is not int or not 0 < value < 1 << 31:
@@ -328,8 +334,9 @@ def _shape(path: Path, metadata: Mapping[str, Any], tensors: Mapping[str, GgufTe
         raise ModelFileError(f"{path}: the embedding {found}, vocabulary and width are [{vocab}, {hidden}].")
     return Shape(
         layers=layers, hidden=hidden, heads=heads, kv_heads=kv_heads, head_dim=whole("attention.key_length", hidden // heads),
-        ffn=whole("feed_forward_length"), vocab=vocab, context=whole("context_length"), rope_theta=real("rope.freq_base", 10000.0),
-        rms_eps=real("attention.layer_norm_rms_epsilon"), tied="output.weight" not in tensors,
+        ffn=whole("feed_forward_length"), vocab=vocab, context=whole("context_length"),
+        rope_theta=real("rope.freq_base", 10000.0), rms_eps=real("attention.layer_norm_rms_epsilon"),
+        tied="output.weight" not in tensors,
     )
 
 
@@ -353,14 +360,15 @@ def _check_tokenizer(path: Path, metadata: Mapping[str, Any], kinds: Mapping[str
     _check_special(path, metadata, SPECIAL_TOKENS.get(pre or "", {}))
 
 
-def _check_special(path: Path, metadata: Mapping[str, Any], known: Mapping[Literal["bos", "eos"] | str, set[str]]) -> None:
+def _check_special(path: Path, metadata: Mapping[str, Any], known: Mapping[str, set[str]]) -> None:
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     for name in ("bos", "eos", "eot"):
         index = metadata.get(f"tokenizer.ggml.{name}_token_id")
         if index is None and name not in known:
             continue
         if type(index) is not int or not 0 <= index < len(tokens):
-            raise ModelFileError(f"{path}: {name}_token_id is {_brief(index)}, not an id of the vocabulary. Convert the model again.")
+            raise ModelFileError(f"{path}: {name}_token_id is {_brief(index)}, which is no id of the vocabulary. "
+                                 "Convert the model again.")
         if types[index] == NORMAL_TOKEN:
             raise ModelFileError(f"{path} takes its {name} token, id {index}, for ordinary text; an old converter did that. "
                                  "Convert the model again.")

@@ -80,13 +80,10 @@ class Guard:
         """
         from edgeguard.loading import load_parts
 
-        chosen = policy if policy is None or isinstance(policy, Policy) else None
         parts = load_parts(model, backend=backend, device=device, threads=threads, profile=profile)
         try:
-            if policy is not None and chosen is None:
-                chosen = Policy.load(Path(policy)) if isinstance(policy, (str, Path)) else Policy.of(
-                    policy, prefix=parts.profile.code_prefix)
-            return cls(parts.backend, parts.tokenizer, parts.profile, parts.identity, policy=chosen, neutralise=neutralise)
+            return cls(parts.backend, parts.tokenizer, parts.profile, parts.identity,
+                       policy=_policy(policy, parts.profile), neutralise=neutralise)
         except BaseException:
             parts.backend.shutdown()
             raise
@@ -195,7 +192,11 @@ class Guard:
     def _prefix(self, role: Role) -> list[int]:
         """Tokens that every prompt of this role begins with."""
         if role not in self._prefixes:
-            prompts = [render(self.profile, Conversation.of(text, role), self._custom) for text in ("Hello", "1 + 1", "?")]
+            given = [Conversation.of(text, role) for text in ("Hello", "1 + 1", "?")]
+            # an assistant's turn may stand alone or follow the user's: the prompts of both begin with the prefix
+            asked, said = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}
+            given += [Conversation.of([asked, said])] if role == "assistant" else [Conversation.of([asked, said, asked])]
+            prompts = [render(self.profile, conversation, self._custom) for conversation in given]
             self._prefixes[role] = shared_prefix(self._tokenizer, prompts)
         return self._prefixes[role]
 
@@ -239,6 +240,14 @@ class Guard:
 
 def _since(began: float) -> float:
     return (time.perf_counter() - began) * 1000
+
+
+def _policy(given: Policy | str | Path | Sequence[Any] | None, profile: Profile) -> Policy | None:
+    if given is None or isinstance(given, Policy):
+        return given
+    if isinstance(given, (str, Path)):
+        return Policy.load(given, profile=profile)
+    return Policy.of(given, profile.code_prefix)
 
 
 def _threshold(given: float | None) -> float:

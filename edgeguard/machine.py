@@ -12,7 +12,6 @@ import os
 import platform
 import re
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +61,7 @@ class Cpu:
 def cpu() -> Cpu:
     """This machine's processor; unknown parts are empty."""
     arch = platform.machine()
-    if sys.platform.startswith("linux"):
+    if platform.system() == "Linux":
         return parse_cpuinfo(_read(Path("/proc/cpuinfo")) or "", arch)
     if platform.system() == "Darwin":
         return parse_sysctl(_output("/usr/sbin/sysctl", "machdep.cpu", "hw.optional"), arch)
@@ -149,7 +148,7 @@ def cpu_quota(membership: str, root: Path = CGROUPS) -> float | None:
 
 def available_memory() -> int:
     """Bytes that can be had without swapping, within the limits of the control groups."""
-    return min([psutil.virtual_memory().available, *memory_room(_membership())])
+    return min([int(psutil.virtual_memory().available), *memory_room(_membership())])
 
 
 def memory_room(membership: str, root: Path = CGROUPS) -> list[int]:
@@ -167,14 +166,14 @@ def memory_room(membership: str, root: Path = CGROUPS) -> list[int]:
 
 
 def _groups(membership: str, root: Path, controller: str) -> Iterator[Path]:
-    """Folders of this process's group and all above it; inside a container the own path may not be visible, the root is."""
+    """This process's group and all above it; inside a container the own path may not be visible, or begin with `..`."""
     for line in membership.splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers and controller not in controllers.split(","):
             continue
         top = root / controller if controllers else root
         own = top / path.lstrip("/")
-        yield from (group for group in (own, *own.parents) if group == top or top in group.parents)
+        yield from (each for each in (own, *own.parents) if (each == top or top in each.parents) and ".." not in each.parts)
 
 
 def _membership() -> str:

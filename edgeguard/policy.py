@@ -115,7 +115,7 @@ def _categories(given: object, prefix: str, first: int) -> tuple[PolicyCategory,
     # before any work is done on a list of any length
     if len(given) > MAX_CATEGORIES:
         raise PolicyError(f"{len(given)} categories are given; {MAX_CATEGORIES} are possible.")
-    return tuple(_category(item, prefix, number, f"Category {index}") for index, (number, item) in enumerate(enumerate(given, first), 1))
+    return tuple(_category(item, prefix, first + index, f"Category {index + 1}") for index, item in enumerate(given))
 
 
 def _category(item: object, prefix: str, number: int, where: str) -> PolicyCategory:
@@ -125,7 +125,7 @@ def _category(item: object, prefix: str, number: int, where: str) -> PolicyCateg
     _only(fields, _CATEGORY_KEYS, where)
     if "name" not in fields:
         raise PolicyError(f"{where} lacks a name.")
-    name = _text(fields["name"], f"{where}: name").removesuffix(".").rstrip()
+    name = _text(_text(fields["name"], f"{where}: name").removesuffix("."), f"{where}: name")
     if len(name.splitlines()) != 1:
         raise PolicyError(f"{where}: the name must be one line; further lines go into the description.")
     code = _text(fields.get("code", f"{prefix}{number}"), f"{where}: code")
@@ -142,8 +142,10 @@ def _category(item: object, prefix: str, number: int, where: str) -> PolicyCateg
 
 def _select(profile: Profile, codes: object, described: object) -> tuple[PolicyCategory, ...]:
     known = {category.code: category for category in profile.taxonomy}
-    if isinstance(codes, str) or not isinstance(codes, Iterable) or not isinstance(described, bool):
-        raise PolicyError("A list of category codes is needed, and described is true or false.")
+    if isinstance(codes, (str, Mapping)) or not isinstance(codes, Iterable):
+        raise PolicyError(f"A list of category codes is needed, not {type(codes).__name__}.")
+    if not isinstance(described, bool):
+        raise PolicyError("described must be true or false.")
     wanted = list(codes)
     if unknown := [code for code in wanted if not isinstance(code, str) or code not in known]:
         raise PolicyError(f"{profile.title} has no category {unknown[0]!r}; it has {', '.join(known)}.")
@@ -168,7 +170,8 @@ def _read(path: Path) -> object:
     try:
         text = data.decode("utf-8-sig")
         return json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        # PyYAML lets several of these through for a wrong explicit tag
         raise PolicyError(f"The policy file {path} is not valid UTF-8 YAML or JSON: {error}") from error
 
 

@@ -203,8 +203,7 @@ _EDGEGUARD_MINI = Profile(
 )
 
 _PROFILES = {
-    profile.name: profile
-    for profile in (_LLAMA_GUARD_2, _LLAMA_GUARD_1, _LLAMA_GUARD_3_8B, _LLAMA_GUARD_3_1B, _EDGEGUARD_MINI)
+    profile.name: profile for profile in (_LLAMA_GUARD_2, _LLAMA_GUARD_1, _LLAMA_GUARD_3_8B, _LLAMA_GUARD_3_1B, _EDGEGUARD_MINI)
 }
 _BY_NAME = {name.lower(): profile for profile in _PROFILES.values() for name in (profile.name, *profile.aliases)}
 

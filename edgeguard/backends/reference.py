@@ -84,7 +84,7 @@ class ReferenceBackend:
                past: tuple[list[FloatArray], list[FloatArray]], cache: Cache) -> FloatArray:
         """One decoder layer: (T, hidden) to (T, hidden); its keys and values are added to `cache`."""
         def linear(value: FloatArray, name: str) -> FloatArray:
-            return value @ self._tensor(f"model.layers.{layer}.{name}.weight").T
+            return np.asarray(value @ self._tensor(f"model.layers.{layer}.{name}.weight").T)
 
         normed = self._norm(x, f"model.layers.{layer}.input_layernorm.weight")
         q, k, v = (self._heads(linear(normed, f"self_attn.{name}_proj")) for name in "qkv")
@@ -96,15 +96,15 @@ class ReferenceBackend:
         gate = linear(normed, "mlp.gate_proj")
         with np.errstate(over="ignore"):
             activated = gate / (1 + np.exp(-gate))
-        return x + linear(activated * linear(normed, "mlp.up_proj"), "mlp.down_proj")
+        return np.asarray(x + linear(activated * linear(normed, "mlp.up_proj"), "mlp.down_proj"))
 
     def _norm(self, x: FloatArray, name: str) -> FloatArray:
         """RMSNorm."""
-        return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + np.float32(self.shape.rms_eps)) * self._tensor(name)
+        return np.asarray(x / np.sqrt(np.mean(x * x, -1, keepdims=True) + np.float32(self.shape.rms_eps)) * self._tensor(name))
 
     def _heads(self, x: FloatArray) -> FloatArray:
         """(T, heads * head_dim) to (heads, T, head_dim)."""
-        return x.reshape(len(x), -1, self.shape.head_dim).transpose(1, 0, 2)
+        return np.asarray(x.reshape(len(x), -1, self.shape.head_dim).transpose(1, 0, 2))
 
     def _rotate(self, x: FloatArray, positions: NDArray[np.int64]) -> FloatArray:
         """RoPE as Hugging Face lays it out: the first half of a head turns with the second."""

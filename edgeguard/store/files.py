@@ -76,8 +76,8 @@ def names(folder: Path) -> list[str]:
     return sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
 
 
-def compare(folder: Path, expected: Mapping[str, FileRecord], progress: Progress | None = None) -> Differences:
-    """Hash every recorded file anew."""
+def compare(folder: Path, expected: Mapping[str, FileRecord], own: str, progress: Progress | None = None) -> Differences:
+    """Hash every recorded file anew; `own` is the file that holds the records."""
     missing, changed = [], []
     for name, want in expected.items():
         path = folder / name
@@ -85,7 +85,8 @@ def compare(folder: Path, expected: Mapping[str, FileRecord], progress: Progress
             missing.append(name)
         elif path.stat().st_size != want.size or sha256(path, progress) != want.sha256:
             changed.append(name)
-    return Differences(tuple(missing), tuple(changed), tuple(name for name in names(folder) if name not in expected))
+    extra = (name for name in names(folder) if name not in expected and name != own)
+    return Differences(tuple(missing), tuple(changed), tuple(extra))
 
 
 class Seen:

@@ -232,13 +232,13 @@ def _text(value: object) -> str:
 def _kind(value: object) -> Kind:
     if value not in ("onnx", "gguf"):
         raise ValueError(f"{value!r} is neither 'onnx' nor 'gguf'.")
-    return cast(Kind, value)
+    return value
 
 
 def _role(value: object) -> Role:
     if value not in ("user", "assistant"):
         raise ValueError(f"{value!r} is neither 'user' nor 'assistant'.")
-    return cast(Role, value)
+    return value
 
 
 def _file_name(value: object) -> str:

@@ -1,0 +1,138 @@
+"""Labelled conversations from a JSONL file, and a guard's verdicts on them; a row that is wrong ends the run, named."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from edgeguard.conversation import Conversation, Message
+from edgeguard.errors import EdgeGuardError, InferenceError, InputError, StoreError
+from edgeguard.taxonomy import LLAMA_GUARD_2
+from edgeguard.verdict import Verdict
+
+SLUGS = {category.code: category.slug for category in LLAMA_GUARD_2}
+"""The files' codes are Llama Guard 2's; slugs compare them with any generation's."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One labelled conversation."""
+
+    line: int
+    """In its file, from 1."""
+    conversation: Conversation
+    unsafe: bool
+    slugs: frozenset[str]
+    """Of its categories; empty when safe or not known."""
+    source: str
+
+    @property
+    def size(self) -> int:
+        """Characters of all messages."""
+        return sum(len(message.content) for message in self.conversation.messages)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows of a file, and which file that was."""
+
+    rows: tuple[Row, ...]
+    name: str
+    sha256: str
+    """Of the file as it is, packed or not."""
+    total: int
+    """Rows of the file, those left out by a limit included."""
+
+    def sample(self, limit: int | None, seed: int = 0) -> Data:
+        """At most `limit` rows, drawn by `seed`, in the file's order."""
+        if limit is None or limit >= len(self.rows):
+            return self
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(self.rows))[:limit])
+        return Data(tuple(self.rows[index] for index in chosen), self.name, self.sha256, self.total)
+
+
+def read_rows(path: Path) -> Data:
+    """Every row of a `.jsonl` or `.jsonl.gz` file.
+
+    A row has `messages`, `role`, `label`, `categories`, `categories_known` and `source`; other fields are let be.
+    Raises `StoreError` for an unreadable file and `InputError` naming the first line that is wrong.
+    """
+    try:
+        packed = path.read_bytes()
+        plain = gzip.decompress(packed) if path.suffix == ".gz" else packed
+    except (OSError, EOFError) as error:
+        raise StoreError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+    rows = tuple(_row(number, line, f"{path}, line {number}") for number, line in enumerate(plain.splitlines(), 1))
+    if not rows:
+        raise InputError(f"{path} holds no rows.")
+    return Data(rows, path.name, hashlib.sha256(packed).hexdigest(), len(rows))
+
+
+def _row(number: int, line: bytes, where: str) -> Row:
+    try:
+        data = json.loads(line)
+        if not isinstance(data, dict):
+            raise InputError(f"{type(data).__name__} instead of an object.")
+        return _checked(number, data)
+    except (ValueError, RecursionError) as error:  # InputError is a ValueError, and so is what json and UTF-8 raise
+        reason = error if isinstance(error, InputError) else f"not a JSON object ({type(error).__name__})."
+        raise InputError(f"{where}: {reason}") from error
+
+
+def _checked(number: int, data: Mapping[str, Any]) -> Row:
+    if missing := {"messages", "role", "label", "categories", "categories_known", "source"} - data.keys():
+        raise InputError(f"lacks {', '.join(sorted(missing))}.")
+    label, codes, known = data["label"], data["categories"], data["categories_known"]
+    if label not in ("safe", "unsafe"):
+        raise InputError(f"label is {label!r}; 'safe' or 'unsafe' is needed.")
+    if not isinstance(known, bool):
+        raise InputError(f"categories_known is {known!r}; true or false is needed.")
+    if not isinstance(codes, list) or any(not isinstance(code, str) or code not in SLUGS for code in codes):
+        raise InputError(f"categories is {codes!r}; a list of codes from {', '.join(SLUGS)} is needed.")
+    if bool(codes) != (label == "unsafe" and known):
+        raise InputError(f"label {label!r}, categories_known {known} and {len(codes)} categories contradict each other.")
+    if not isinstance(data["source"], str) or not data["source"]:
+        raise InputError(f"source is {data['source']!r}; a name is needed.")
+    if data["role"] is None or isinstance(data["messages"], str):
+        raise InputError("role must be a name and messages a list.")
+    conversation = Conversation.of(data["messages"], data["role"])
+    return Row(number, conversation, label == "unsafe", frozenset(SLUGS[code] for code in codes), data["source"])
+
+
+class Judge(Protocol):
+    """The part of a guard that is measured here."""
+
+    def check_many(self, items: Iterable[Sequence[Message]], role: str | None = None,
+                   threshold: float | None = None) -> Iterator[Verdict]:
+        """Verdicts in order."""
+        ...
+
+
+def judge_rows(guard: Judge, rows: Sequence[Row], threshold: float | None = None,
+               done: Callable[[Row], object] | None = None) -> list[Verdict]:
+    """A verdict for each row, in the rows' order; raises `InputError` or `InferenceError` naming the line that cannot be judged.
+
+    They are judged by role and from the longest on: what is too long for the model shows at once, and packed rows are alike.
+    """
+    verdicts: dict[int, Verdict] = {}
+    for role in ("user", "assistant"):
+        order = sorted((index for index, row in enumerate(rows) if row.conversation.role == role),
+                       key=lambda index: rows[index].size, reverse=True)
+        judged = guard.check_many([rows[index].conversation.messages for index in order], role, threshold)
+        for index in order:
+            try:
+                verdicts[index] = next(judged)
+            except InputError as error:
+                raise InputError(f"line {rows[index].line} cannot be judged: {error}") from error
+            except EdgeGuardError as error:
+                raise InferenceError(f"line {rows[index].line}, or a row in its pass, cannot be judged: {error}") from error
+            if done:
+                done(rows[index])
+    return [verdicts[index] for index in range(len(rows))]

@@ -1,0 +1,231 @@
+"""llama.cpp behind the backend contract, by its low-level calls: token ids in, logits of the asked rows out.
+
+One context holds one cache that all sequences share. A node is a sequence id: `llama_memory_seq_cp` gives a child its
+ancestors' cells, a token that several entries share is evaluated once and carries all their ids. When cells or ids run
+out, nodes that are not needed leave the cache; what they were made of is kept, so they come back when they are extended.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edgeguard.backends.base import BackendInfo, Node, Run
+from edgeguard.backends.llama_native import SEQUENCES, Batch, Session, choose_device, devices, library
+from edgeguard.errors import ContextLengthError, InferenceError, ModelMismatchError
+from edgeguard.gguf_check import check_gguf
+from edgeguard.machine import default_threads
+
+Entry = tuple[Node | None, Sequence[int]]
+
+
+class _CacheFullError(InferenceError):
+    """Nothing may leave the cache and the pass still does not fit."""
+
+    def __init__(self) -> None:
+        super().__init__("llama.cpp's cache has no room left; load the model with a longer context.")
+
+
+@dataclass(eq=False)
+class _Kept:
+    """What the backend knows of a node."""
+
+    ids: tuple[int, ...]
+    """The node's own tokens; enough to evaluate it again."""
+    sequence: int | None
+    """Its sequence id, or None while it is not in the cache."""
+    used: int
+    """When it was last needed, by the backend's count of passes."""
+
+
+def merged(entries: Sequence[Entry], sequences: Sequence[int]) -> Batch:
+    """The entries' tokens, what entries of one parent have in common at their beginnings only once; each sequence in order."""
+    batch = Batch()
+    places: dict[tuple[int, int], int] = {}
+    for (parent, ids), sequence in zip(entries, sequences, strict=True):
+        at, start = -1 - id(parent), 0 if parent is None else parent.length
+        for position, token in enumerate(ids, start):
+            key = (at, int(token))
+            if key not in places:
+                places[key] = batch.add(int(token), position)
+            at = places[key]
+            batch.owners[at].append(sequence)
+        batch.ends.append(at)
+    return batch
+
+
+class LlamaBackend:
+    """A GGUF file on llama.cpp; the whole vocabulary is the head.
+
+    `device` is `auto`, `cpu`, `cuda`, `metal`, `vulkan`, `rocm` or `sycl`; only `auto` falls back to the CPU. `context`
+    is the most tokens of a sequence, by default what the model was made for; the cache for it is allocated at once.
+    Raises `ModelFileError`, `ModelMemoryError`, `DeviceError`, `RuntimeMissingError`.
+    """
+
+    def __init__(self, path: Path, *, device: str = "auto", threads: int | None = None, context: int | None = None) -> None:
+        header = check_gguf(path)
+        llama = library()
+        granted, handle = choose_device(device, devices(llama))
+        longest = min(context or header.shape.context, header.shape.context)
+        threads = threads or default_threads()
+        self._session = Session(path, device=handle, threads=threads, context=longest, precision=header.precision)
+        self._vocab = header.shape.vocab
+        self._free = list(range(SEQUENCES))
+        self._nodes: dict[int, Node] = {}
+        self._passes = 0
+        self.info = BackendInfo(
+            name="llama", runtime=f"llama-cpp-python {llama.__version__}", device=granted, precision=header.precision,
+            threads=threads, context=longest, head_ids=np.arange(self._vocab, dtype=np.int64),
+        )
+
+    def open(self, prefix_ids: Sequence[int], run: Run) -> Node:
+        """Evaluate a prefix in a pass of its own and keep it."""
+        return self._all([(None, prefix_ids)], run)[0]
+
+    def extend(self, entries: Sequence[tuple[Node, Sequence[int]]], run: Run) -> list[Node]:
+        """One node for each entry, in one pass if cells and sequence ids suffice."""
+        return self._all(entries, run)
+
+    def close(self, node: Node) -> None:
+        """Free a node's sequence; the cells of ancestors and children stay."""
+        self._drop(node)
+
+    def shutdown(self) -> None:
+        """Free context and model; again is harmless."""
+        self._nodes.clear()
+        self._session.close()
+
+    def _all(self, entries: Sequence[Entry], run: Run) -> list[Node]:
+        for parent, ids in entries:
+            self._check(parent, ids)
+        nodes: list[Node] = []
+        waiting = [list(entries)] if entries else []
+        try:
+            while waiting:
+                part = waiting.pop()
+                try:
+                    nodes += self._evaluate(part, run)
+                except _CacheFullError:
+                    half = len(part) // 2
+                    if half:
+                        waiting += [part[half:], part[:half]]
+                    else:  # one entry always fits into an empty cache
+                        for node in list(self._nodes.values()):
+                            self._drop(node)
+                        nodes += self._evaluate(part, run)
+        except BaseException:
+            for node in nodes:
+                self._drop(node)
+            raise
+        return nodes
+
+    def _check(self, parent: Node | None, ids: Sequence[int]) -> None:
+        if not len(ids):
+            raise ValueError("A node needs at least one token.")
+        length = len(ids) + (0 if parent is None else parent.length)
+        if length > self.info.context:
+            raise ContextLengthError(length, self.info.context)
+        if not 0 <= min(ids) <= max(ids) < self._vocab:
+            raise ModelMismatchError(f"A token id is outside the model's vocabulary of {self._vocab}: another model's tokenizer.")
+
+    def _fits(self, entries: Sequence[Entry]) -> bool:
+        """One pass can hold them all, if need be with nothing else in the cache."""
+        path = {id(node): node for parent, _ in entries for node in _ancestry(parent)}
+        parents = {id(parent) for parent, _ in entries if parent is not None}
+        cells = sum(len(_kept(node).ids) for node in path.values()) + len(merged(entries, range(len(entries))).tokens)
+        return cells <= self._session.cells and len(entries) + len(parents) <= SEQUENCES
+
+    def _evaluate(self, entries: Sequence[Entry], run: Run) -> list[Node]:
+        """One forward pass; raises `_CacheFullError` when it is too large."""
+        if not self._fits(entries):
+            raise _CacheFullError
+        self._passes += 1
+        parents = {id(parent): parent for parent, _ in entries if parent is not None}
+        for parent in parents.values():
+            self._recall(parent, parents, run)
+        return self._forward(entries, parents, run)
+
+    def _forward(self, entries: Sequence[Entry], needed: dict[int, Node], run: Run) -> list[Node]:
+        sequences: list[int] = []
+        try:
+            for parent, _ in entries:
+                sequences.append(self._sequence(needed))
+                if parent is not None:
+                    self._session.copy(_resident(parent), sequences[-1])
+            batch = merged(entries, sequences)
+            while not self._session.decode(batch, run):
+                self._make_room(needed)
+            rows = [self._session.logits(end) for end in batch.ends]
+        except BaseException:
+            for sequence in sequences:
+                self._release(sequence)
+            raise
+        nodes = []
+        for (parent, ids), sequence, row in zip(entries, sequences, rows, strict=True):
+            kept = _Kept(tuple(map(int, ids)), sequence, self._passes)
+            node = Node((0 if parent is None else parent.length) + len(ids), row, parent, kept)
+            self._nodes[sequence] = node
+            nodes.append(node)
+        return nodes
+
+    def _recall(self, node: Node, needed: dict[int, Node], run: Run) -> None:
+        """See that a node is in the cache; one that left is evaluated again from its nearest ancestor that stayed."""
+        kept = _kept(node)
+        kept.used = self._passes
+        if kept.sequence is not None:
+            return
+        if node.parent is not None:
+            self._recall(node.parent, needed | {id(node.parent): node.parent}, run)
+            needed = needed | {id(node.parent): node.parent}
+        twin = self._forward([(node.parent, kept.ids)], needed, run)[0]
+        kept.sequence = _resident(twin)
+        self._nodes[kept.sequence] = node
+
+    def _sequence(self, needed: dict[int, Node]) -> int:
+        if not self._free:
+            self._make_room(needed)
+        return self._free.pop()
+
+    def _make_room(self, needed: dict[int, Node]) -> None:
+        """Let the node leave that is missed least: first those without children, roots last, the oldest before others."""
+        parents = {id(node.parent) for node in self._nodes.values()}
+        leaving = [node for node in self._nodes.values() if id(node) not in needed]
+        if not leaving:
+            raise _CacheFullError
+        self._drop(min(leaving, key=lambda node: (id(node) in parents, node.parent is None, _kept(node).used)))
+
+    def _drop(self, node: Node) -> None:
+        kept = _kept(node)
+        if kept.sequence is not None and self._nodes.pop(kept.sequence, None) is not None:
+            self._release(kept.sequence)
+        kept.sequence = None
+
+    def _release(self, sequence: int) -> None:
+        self._session.forget(sequence)
+        self._free.append(sequence)
+
+
+def _kept(node: Node) -> _Kept:
+    if not isinstance(node.state, _Kept):
+        raise ValueError("This node comes from another backend.")
+    return node.state
+
+
+def _resident(node: Node) -> int:
+    """The sequence id of a node that is in the cache."""
+    sequence = _kept(node).sequence
+    if sequence is None:
+        raise InferenceError("A node left the cache while it was needed.")
+    return sequence
+
+
+def _ancestry(node: Node | None) -> list[Node]:
+    """The node and its ancestors."""
+    found = []
+    while node is not None:
+        found.append(node)
+        node = node.parent
+    return found

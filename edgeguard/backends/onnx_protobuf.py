@@ -1,0 +1,175 @@
+"""The little of ONNX's file format that loading needs, without the package `onnx`: where tensors are, and one tiny model.
+
+Field numbers: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto; wire format: https://protobuf.dev/programming-guides/encoding.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeguard.errors import ModelFileError
+
+Buffer: TypeAlias = memoryview
+
+# for each message, the fields through which tensors are reached, and the messages that they hold
+REACHES: Mapping[str, Mapping[int, str]] = {
+    "model": {7: "graph", 25: "function"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "function": {7: "node", 11: "attribute"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+}
+FIXED = {1: 8, 5: 4}  # bytes of the wire types with a fixed length
+FLOAT = 1  # TensorProto.DataType
+
+
+@dataclass(frozen=True)
+class ExternalTensor:
+    """A tensor whose data lie in another file."""
+
+    name: str
+    type: int
+    """TensorProto.DataType."""
+    location: str
+    """Path of that file, relative to the model's folder."""
+    offset: int
+    length: int | None
+    """Bytes, or None for all up to the file's end."""
+
+
+def external_tensors(model: Path) -> list[ExternalTensor]:
+    """Every tensor of a model with external data, of subgraphs and functions too; raises `ModelFileError`."""
+    try:
+        with model.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
+            return list(_external(view, "model"))
+    except FileNotFoundError:
+        raise ModelFileError(f"{model} is missing.") from None
+    except (OSError, ValueError, IndexError, KeyError, RecursionError, BufferError) as error:
+        raise ModelFileError(f"{model} is not an ONNX model or is damaged.") from error
+
+
+def check_external(model: Path) -> list[ExternalTensor]:
+    """As `external_tensors`; raises `ModelFileError` for data outside the model's folder, also by way of a symbolic link."""
+    tensors = external_tensors(model)
+    folder = model.parent.resolve()
+    for location in {tensor.location for tensor in tensors}:
+        parts = PureWindowsPath(location)  # knows drives and both kinds of slashes
+        if not location or parts.drive or parts.root or PurePosixPath(location).is_absolute() or ".." in parts.parts:
+            raise ModelFileError(f"{model} keeps weights at {location!r}; only paths inside its own folder are allowed.")
+        file = (folder / location).resolve()
+        if not file.is_relative_to(folder):
+            raise ModelFileError(f"{model} keeps weights at {location!r}, which is a link that leaves its folder.")
+        if not file.is_file():
+            raise ModelFileError(f"{model} keeps weights in {location!r}, which is missing.")
+    return tensors
+
+
+def int8_product(weights: NDArray[np.int8]) -> bytes:
+    """A model of one MatMulIntegerToFloat by constant weights (K, N): `a` uint8 (M, K) to `y` = (a - 128) @ weights."""
+    node = b"".join(
+        [*(_field(1, name) for name in ("a", "b", "one", "ones", "middle")), _field(2, "y"), _field(4, "MatMulIntegerToFloat"),
+         _field(7, "com.microsoft")]
+    )
+    ones, middle = np.ones(weights.shape[1], np.float32), np.full((), 128, np.uint8)
+    tensors: dict[str, NDArray[Any]] = {"b": weights, "one": ones[:1].reshape(()), "ones": ones, "middle": middle}
+    graph = b"".join(
+        [_field(1, node), _field(2, "trial"), *(_field(5, _tensor(name, values)) for name, values in tensors.items()),
+         _field(11, _value("a", np.dtype(np.uint8))), _field(12, _value("y", np.dtype(np.float32)))]
+    )
+    opsets = [_field(8, _field(1, domain) + _field(2, version)) for domain, version in (("", 21), ("com.microsoft", 1))]
+    return b"".join([_field(1, 10), _field(7, graph), *opsets])
+
+
+_TYPES = {np.dtype(np.float32): FLOAT, np.dtype(np.uint8): 2, np.dtype(np.int8): 3}
+
+
+def _tensor(name: str, values: NDArray[Any]) -> bytes:
+    dims = b"".join(_field(1, size) for size in values.shape)
+    return dims + _field(2, _TYPES[values.dtype]) + _field(8, name) + _field(9, values.tobytes())
+
+
+def _value(name: str, kind: np.dtype[np.generic]) -> bytes:
+    shape = b"".join(_field(1, _field(2, size)) for size in ("M", "K" if name == "a" else "N"))
+    return _field(1, name) + _field(2, _field(1, _field(1, _TYPES[kind]) + _field(2, shape)))
+
+
+def _field(number: int, value: int | str | bytes) -> bytes:
+    if isinstance(value, int):
+        return _varint(number << 3) + _varint(value)
+    data = value.encode() if isinstance(value, str) else value
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
+
+
+def _varint(value: int) -> bytes:
+    data = bytearray()
+    while value > 127:
+        data.append(value & 127 | 128)
+        value >>= 7
+    data.append(value)
+    return bytes(data)
+
+
+def _external(message: Buffer, kind: str) -> Iterator[ExternalTensor]:
+    if kind == "tensor":
+        yield from _external_tensor(message)
+        return
+    reached = REACHES[kind]
+    for number, value in _fields(message):
+        if number in reached and isinstance(value, memoryview):
+            yield from _external(value, reached[number])
+
+
+def _external_tensor(message: Buffer) -> Iterator[ExternalTensor]:
+    name, type_, external = "", 0, False
+    entries: dict[str, str] = {}
+    for number, value in _fields(message):
+        if isinstance(value, int):
+            type_ = value if number == 2 else type_
+            external |= number == 14 and value == 1
+        elif number == 8:
+            name = str(value, "utf-8")
+        elif number == 13:
+            external = True
+            entry = {key: str(text, "utf-8") for key, text in _fields(value) if isinstance(text, memoryview)}
+            entries[entry.get(1, "")] = entry.get(2, "")
+    if external:
+        offset, length = int(entries.get("offset") or 0), entries.get("length")
+        yield ExternalTensor(name, type_, entries.get("location", ""), offset, int(length) if length else None)
+
+
+def _fields(message: Buffer) -> Iterator[tuple[int, int | Buffer]]:
+    """Number and value of each field: a number, or the bytes of anything else."""
+    at = 0
+    while at < len(message):
+        key, at = _read_varint(message, at)
+        wire = key & 7
+        if wire == 0:
+            number, at = _read_varint(message, at)
+            yield key >> 3, number
+            continue
+        length, at = _read_varint(message, at) if wire == 2 else (FIXED[wire], at)
+        if at + length > len(message):
+            raise ValueError("a field is longer than its message")
+        yield key >> 3, message[at : at + length]
+        at += length
+
+
+def _read_varint(message: Buffer, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+        shift += 7
+        if shift > 63:
+            raise ValueError("a number is longer than 64 bits")

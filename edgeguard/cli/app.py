@@ -1,0 +1,86 @@
+"""The commands put together; `convert` and `bench` are imported only when they are called."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from edgeguard import __version__
+from edgeguard.cli.status import ERROR, SAFE, UNSAFE
+from edgeguard.cli.check import check
+from edgeguard.cli.console import write
+from edgeguard.cli.doctor import doctor
+from edgeguard.cli.models import app as models
+from edgeguard.cli.prompt import prompt
+from edgeguard.errors import RuntimeMissingError
+
+app = typer.Typer(
+    name="edgeguard",
+    help="On-device inference for Llama Guard 2: a conversation in, safe or unsafe with categories out.",
+    epilog="Exit status: 0 safe (or done), 1 unsafe, 2 every error.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(check)
+app.command()(prompt)
+app.add_typer(models, name="models")
+app.command()(doctor)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """The exit status of one command line; usage errors and errors of the command are raised."""
+    result: Any = typer.main.get_command(app).main(list(arguments), "edgeguard", standalone_mode=False)
+    if result is None:
+        return SAFE
+    return result if result in (SAFE, UNSAFE) else ERROR
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        write(f"edgeguard {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[  # noqa: ARG001, handled before the body
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Print the help, as an error, when no command is given."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(ERROR)
+
+
+def _hand_over(context: typer.Context, package: str) -> None:
+    """Run the command line of an optional part of edgeguard with the rest of the arguments."""
+    try:
+        part = importlib.import_module(f"edgeguard.{package}.cli")
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("edgeguard"):
+            raise
+        raise RuntimeMissingError(str(error.name), package) from error
+    command = typer.main.get_command(part.app)
+    if command.main(context.args, f"edgeguard {package}", standalone_mode=False):
+        raise typer.Exit(ERROR)
+
+
+REST = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(context_settings=REST, add_help_option=False)
+def convert(context: typer.Context) -> None:
+    """Convert a checkpoint to GGUF or ONNX, held against its source (extra: convert)."""
+    _hand_over(context, "convert")
+
+
+@app.command(context_settings=REST, add_help_option=False)
+def bench(context: typer.Context) -> None:
+    """Measure speed and quality on this machine (extra: bench)."""
+    _hand_over(context, "bench")

@@ -1,0 +1,198 @@
+"""From a model's name or path to a running backend: which artifact, which runtime, and whether it fits into memory."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgeguard import machine, profiles, store
+from edgeguard.backends.base import Backend
+from edgeguard.errors import InputError, ModelMemoryError, ModelMismatchError, RuntimeMissingError
+from edgeguard.profiles import Profile
+from edgeguard.store import Artifact, Model
+from edgeguard.tokenizer import GgufTokenizer, JsonTokenizer, Tokenizer
+from edgeguard.verdict import ModelIdentity
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A backend's name, the kind of model it reads, and the package it needs."""
+
+    backend: str
+    kind: str
+    module: str
+    package: str
+    extra: str
+    copies: float
+    """Bytes in memory for each byte of weights on disk: ONNX Runtime maps the file and keeps a packed copy of it."""
+
+    @property
+    def installed(self) -> bool:
+        """The package is there."""
+        return importlib.util.find_spec(self.module) is not None
+
+
+# in the order in which `auto` tries them: the int8 guard graph is ahead of llama.cpp on CPUs (docs/how-it-works.md)
+RUNTIMES = (
+    Runtime("onnx", "onnx", "onnxruntime", "onnxruntime", "cpu", 2.0),
+    Runtime("llama", "gguf", "llama_cpp", "llama-cpp-python", "llama", 1.0),
+    Runtime("reference", "hf", "numpy", "numpy", "cpu", 2.0),
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What will be loaded, and why."""
+
+    runtime: Runtime
+    model: Model
+    reason: str
+
+    @property
+    def backend(self) -> str:
+        """Its name."""
+        return self.runtime.backend
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a guard is composed of."""
+
+    backend: Backend
+    tokenizer: Tokenizer
+    profile: Profile
+    identity: ModelIdentity
+
+
+def choose(model: str | Path | None = None, backend: str = "auto") -> Choice:
+    """The backend and the model's files; raises `RuntimeMissingError`, `ModelError`, or `InputError` for an unknown backend."""
+    if backend != "auto":
+        return _named(model, backend)
+    held = {each.kind for each in store.scan(store.locate(model))}
+    fitting = [runtime for runtime in RUNTIMES if runtime.kind in held]
+    for runtime in fitting:
+        if runtime.installed:
+            passed_over = [f"{other.package} is not installed" for other in fitting[: fitting.index(runtime)]]
+            why = "; ".join([*passed_over, f"the model has {runtime.kind} weights and {runtime.package} is installed"])
+            return Choice(runtime, store.resolve(model, (runtime.kind,)), why)
+    raise RuntimeMissingError(fitting[0].package, fitting[0].extra)
+
+
+def _named(model: str | Path | None, backend: str) -> Choice:
+    for runtime in RUNTIMES:
+        if runtime.backend == backend:
+            if not runtime.installed:
+                raise RuntimeMissingError(runtime.package, runtime.extra)
+            return Choice(runtime, store.resolve(model, (runtime.kind,)), "asked for by name")
+    if backend == "scripted":
+        raise InputError("A scripted backend has no model: make a ScriptedBackend and give it as backend=.")
+    raise InputError(f"There is no backend {backend!r}; there are auto, {', '.join(r.backend for r in RUNTIMES)} and scripted.")
+
+
+def load_parts(model: str | Path | None = None, *, backend: str | Backend = "auto", device: str = "auto",
+               threads: int | None = None, profile: str | None = None) -> Parts:
+    """Load everything that a guard is made of; `Guard.load` tells the arguments and errors."""
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
+        raise InputError(f"threads is {threads!r}; a whole number from 1 on is needed.")
+    if not isinstance(backend, str):
+        return _given(model, backend, profile)
+    choice = choose(model, backend)
+    found = choice.model
+    named = _profile(found, profile)
+    store.check_files(found)
+    tokenizer = _tokenizer(found.tokenizer)
+    _check_memory(choice)
+    running = _OPEN[choice.backend](found, device, threads)
+    rows = int(running.info.head_ids[-1]) + 1
+    if tokenizer.vocab_size < rows:
+        running.shutdown()
+        raise ModelMismatchError(f"The tokenizer of {found.name} has {tokenizer.vocab_size} ids, its model answers with {rows}.")
+    return Parts(running, tokenizer, named, _identity(found, named, running))
+
+
+def _given(model: str | Path | None, backend: Backend, profile: str | None) -> Parts:
+    """A backend object of the caller's, with the tokenizer and profile of a model, by default the built-in one."""
+    found = store.resolve(model)
+    named = _profile(found, profile)
+    return Parts(backend, _tokenizer(found.tokenizer), named, _identity(found, named, backend))
+
+
+def _profile(model: Model, asked: str | None) -> Profile:
+    recorded = model.manifest.profile if isinstance(model, Artifact) else None
+    if asked is None and recorded is None:
+        raise ModelMismatchError(
+            f"{model.name} does not say which guard model it is. Name its profile: one of {', '.join(profiles.NAMES)}."
+        )
+    chosen = profiles.get(asked or recorded or "")
+    if recorded is not None and chosen != profiles.get(recorded):
+        raise ModelMismatchError(f"{model.name} was converted for the profile {recorded!r}, not {chosen.name!r}.")
+    return chosen
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    return GgufTokenizer.load(path) if path.suffix == ".gguf" else JsonTokenizer.load(path)
+
+
+def needed_memory(runtime: Runtime, model: Model) -> int:
+    """Bytes that the model will take, weights and a full context's keys and values: an estimate."""
+    keys_values = model.manifest.shape.kv_bytes * min(model.manifest.shape.context, 8192) if isinstance(model, Artifact) else 0
+    return int(model.size * runtime.copies) + keys_values
+
+
+def _check_memory(choice: Choice) -> None:
+    needed, free = needed_memory(choice.runtime, choice.model), machine.available_memory()
+    if needed <= free:
+        return
+    smaller = _smaller(choice.model, free)
+    advice = f"Use {smaller}, which fits." if smaller else "Convert it to a smaller precision (int4, q4_k_m), or free memory."
+    raise ModelMemoryError(
+        f"{choice.model.name} needs about {needed / 2**30:.1f} GiB with the backend {choice.backend}; "
+        f"{free / 2**30:.1f} GiB of memory are free. {advice}"
+    )
+
+
+def _smaller(model: Model, free: int) -> Path | None:
+    """The largest artifact beside this one that fits and whose runtime is installed."""
+    fitting = [
+        (each.size, each.folder)
+        for each in store.scan(model.folder.parent)
+        if isinstance(each, Artifact) and any(
+            runtime.kind == each.kind and runtime.installed and needed_memory(runtime, each) <= free for runtime in RUNTIMES)
+    ]
+    return max(fitting)[1] if fitting else None
+
+
+def _identity(model: Model, profile: Profile, backend: Backend) -> ModelIdentity:
+    files = model.manifest.files.values() if isinstance(model, Artifact) else ()
+    weights = max(files, key=lambda record: record.size, default=None)
+    return ModelIdentity(
+        name=model.name, profile=profile.name, precision=backend.info.precision, sha256=weights.sha256 if weights else "",
+        backend=backend.info.name, runtime=backend.info.runtime, device=backend.info.device,
+    )
+
+
+def _onnx(model: Model, device: str, threads: int | None) -> Backend:
+    from edgeguard.backends.onnx import OnnxBackend
+
+    return OnnxBackend(model, device=device, threads=threads)
+
+
+def _llama(model: Model, device: str, threads: int | None) -> Backend:
+    from edgeguard.backends.llama import LlamaBackend
+
+    return LlamaBackend(model.weights, device=device, threads=threads)
+
+
+def _reference(model: Model, device: str, threads: int | None) -> Backend:  # noqa: ARG001  NumPy sets its own threads
+    from edgeguard.backends.reference import ReferenceBackend
+    from edgeguard.errors import DeviceError
+    from edgeguard.weights import SafetensorsWeights
+
+    if device not in ("auto", "cpu"):
+        raise DeviceError(f"The reference backend runs on the cpu only, not on {device!r}.")
+    return ReferenceBackend(SafetensorsWeights(model.folder))
+
+
+_OPEN: dict[str, Callable[[Model, str, int | None], Backend]] = {"onnx": _onnx, "llama": _llama, "reference": _reference}

@@ -1,0 +1,184 @@
+"""Models from the hub into the home folder and out of it again; the only module that uses the network."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from edgeguard.errors import EdgeGuardError, ModelNotFoundError, RuntimeMissingError, StoreError
+from edgeguard.store.catalogue import BUILT_IN, HUB_ID, Entry, entry, home, installed_name, offline, scan
+from edgeguard.store.files import Differences, FileRecord, Progress, compare, locked, record, write_text
+from edgeguard.store.manifest import MANIFEST, Artifact
+
+RECORD = "download.json"
+# no pickles and no Python: only what edgeguard reads, and the licence
+INCLUDE = (
+    "*.json", "*.safetensors", "*.gguf", "*.onnx", "*.onnx.data", "*.onnx_data", "*.npz", "tokenizer.model",
+    "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "*.md",
+)  # fmt: skip
+PATH = re.compile(r"[A-Za-z0-9_][\w.+-]*(/[A-Za-z0-9_][\w.+-]*)*")
+
+
+def pull(hub_id: str, revision: str | None = None, progress: Progress | None = None, *, include: Sequence[str] = ()) -> Entry:
+    """Fetch a model from the hub into `home()`; a broken-off download goes on where it stopped.
+
+    `revision` is a branch, tag or commit; `include` narrows the files by patterns (`*Q4_K_M.gguf`). Raises `StoreError`
+    when offline, refused, out of space, or when a file is not what the hub announced; `RuntimeMissingError`.
+    """
+    if not HUB_ID.fullmatch(hub_id):
+        raise ModelNotFoundError(f"{hub_id[:80]!r} is not a hub id; it has the form ORG/NAME.")
+    if offline():
+        raise StoreError(f"{hub_id} was not fetched: EDGEGUARD_OFFLINE or HF_HUB_OFFLINE is set. Unset it, or copy the files.")
+    name = installed_name(hub_id)
+    target, partial = home() / name, home() / f"{name}.partial"
+    with locked(_lock(name)):
+        if target.exists():
+            raise StoreError(f"{hub_id} is installed at {target}. Remove it first: edgeguard models remove {name}")
+        with _hub(hub_id):
+            commit, wanted = _contents(hub_id, revision, include or INCLUDE)
+            _need_space(hub_id, partial, wanted)
+            got = {path: _fetch(hub_id, commit, path, want, partial, progress=progress) for path, want in wanted.items()}
+            shutil.rmtree(partial / ".cache", ignore_errors=True)
+            scan(partial)  # what is no model must not get the final name
+            _write_record(partial, hub_id, commit, got)
+            partial.rename(target)
+    return entry(name)
+
+
+def remove(name: str) -> Path:
+    """Delete an installed model and give the folder it had; raises `StoreError` for the built-in one."""
+    if name == BUILT_IN:
+        raise StoreError(f"{name} is part of edgeguard and cannot be removed.")
+    folder = entry(name).folder
+    with locked(_lock(folder.name)):
+        if folder.is_symlink():  # what it points to is not ours
+            folder.unlink()
+            return folder
+        doomed = folder.with_name(f"{folder.name}.removed.partial")
+        try:
+            shutil.rmtree(doomed, ignore_errors=True)
+            folder.rename(doomed)
+            shutil.rmtree(doomed)
+        except OSError as error:
+            raise StoreError(f"{folder} could not be removed: {error.strerror}.") from error
+    return folder
+
+
+def verify(place: Path, progress: Progress | None = None) -> list[tuple[Path, Differences]]:
+    """Hash every file of the model or models in a folder anew, and name what differs from what was recorded.
+
+    Raises `StoreError` when there is no record to hold the files against.
+    """
+    if (place / RECORD).is_file():
+        recorded = [(place, _read_record(place / RECORD), RECORD)]
+    else:
+        artifacts = (model for model in scan(place) if isinstance(model, Artifact))
+        recorded = [(artifact.folder, dict(artifact.manifest.files), MANIFEST) for artifact in artifacts]
+    if not recorded:
+        raise StoreError(f"{place} has no manifest, so there is nothing to verify it against.")
+    return [(folder, compare(folder, files, own, progress)) for folder, files, own in recorded]
+
+
+def _lock(name: str) -> Path:
+    return home() / ".locks" / f"{name}.lock"
+
+
+def _contents(hub_id: str, revision: str | None, patterns: Sequence[str]) -> tuple[str, dict[str, tuple[int, str]]]:
+    """The commit, and size and SHA-256 (empty where the hub knows none) of each file that is wanted."""
+    import huggingface_hub
+
+    info = huggingface_hub.HfApi().model_info(hub_id, revision=revision, files_metadata=True)
+    wanted = {}
+    for file in info.siblings or ():
+        path = str(file.rfilename)
+        if PATH.fullmatch(path) and not path.startswith("original/") and any(fnmatch(path, pattern) for pattern in patterns):
+            wanted[path] = (int(file.size or 0), str(file.lfs.sha256) if file.lfs else "")
+    if not wanted:
+        raise StoreError(f"{hub_id} has no file that fits {', '.join(patterns)}.")
+    return str(info.sha), wanted
+
+
+def _need_space(hub_id: str, partial: Path, wanted: Mapping[str, tuple[int, str]]) -> None:
+    partial.mkdir(parents=True, exist_ok=True)
+    have = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+    need, free = sum(size for size, _ in wanted.values()) - have, shutil.disk_usage(partial).free
+    if need > free:
+        raise StoreError(f"{hub_id} needs {need / 1e9:.1f} GB more, {partial.parent} has {free / 1e9:.1f} GB free.")
+
+
+def _fetch(
+    hub_id: str, commit: str, path: str, expected: tuple[int, str], partial: Path, *, progress: Progress | None
+) -> FileRecord:
+    import huggingface_hub
+
+    size, announced = expected
+    if progress:
+        progress(path, 0, size)
+    huggingface_hub.hf_hub_download(hub_id, path, revision=commit, local_dir=partial)
+    got = record(partial / path, progress)
+    if announced and got.sha256 != announced:
+        (partial / path).unlink()
+        raise StoreError(f"{path} of {hub_id} is not what the hub announced (SHA-256 differs). Try again.")
+    return got
+
+
+@contextmanager
+def _hub(hub_id: str) -> Iterator[None]:
+    """Needs huggingface_hub, keeps it quiet, and puts its errors into words."""
+    try:
+        from huggingface_hub import utils
+    except ImportError as error:
+        raise RuntimeMissingError("huggingface_hub", "convert") from error
+    quiet = utils.are_progress_bars_disabled()
+    utils.disable_progress_bars()
+    try:
+        yield
+    except EdgeGuardError:
+        raise
+    except utils.GatedRepoError as error:
+        raise StoreError(
+            f"{hub_id} is gated. Accept its licence at https://huggingface.co/{hub_id}, then log in with `hf auth login` "
+            "or set HF_TOKEN."
+        ) from error
+    except utils.RepositoryNotFoundError as error:
+        raise StoreError(f"{hub_id} is not on the hub, or private: check the name, or log in with `hf auth login`.") from error
+    except utils.RevisionNotFoundError as error:
+        raise StoreError(f"{hub_id} has no such revision.") from error
+    except utils.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no"
+        raise StoreError(f"The hub answered with status {status} for {hub_id}. {_advice(status)}") from error
+    except Exception as error:  # the transport below changes between releases (requests, httpx), and so do its errors
+        if isinstance(error, OSError) and error.strerror:
+            raise StoreError(f"{hub_id} could not be written: {error.strerror}.") from error
+        raise StoreError(f"{hub_id} could not be fetched ({type(error).__name__}). Is the network reachable?") from error
+    finally:
+        if not quiet:
+            utils.enable_progress_bars()
+
+
+def _advice(status: object) -> str:
+    if status in (401, 403):
+        return "Log in with `hf auth login` or set HF_TOKEN, and accept the model's licence on its page."
+    return "Too many requests: wait a few minutes." if status == 429 else "Try again later."
+
+
+def _write_record(folder: Path, hub_id: str, commit: str, files: Mapping[str, FileRecord]) -> None:
+    plain = {"format": 1, "hub_id": hub_id, "commit": commit, "files": {name: vars(files[name]) for name in sorted(files)}}
+    write_text(folder / RECORD, json.dumps(plain, indent=1) + "\n")
+
+
+def _read_record(path: Path) -> dict[str, FileRecord]:
+    try:
+        data: Any = json.loads(path.read_text(encoding="utf-8"))
+        files = {name: FileRecord(str(entry["sha256"]), int(entry["size"])) for name, entry in data["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise StoreError(f"{path} is damaged; pull the model again.") from error
+    if bad := [name for name in files if not PATH.fullmatch(name)]:
+        raise StoreError(f"{path} names a file outside its folder: {bad[0]!r}.")
+    return files
