@@ -12,7 +12,7 @@ from rich.text import Text
 
 from edgeguard.bench import metrics
 from edgeguard.bench.metrics import Counts, Interval, ratio
-from edgeguard.bench.report import NOTHING, caption, number
+from edgeguard.bench.report import NOTHING, caption, number, table
 from edgeguard.bench.rows import Data, Row
 from edgeguard.verdict import ModelIdentity, Verdict
 
@@ -102,33 +102,29 @@ def model_facts(model: ModelIdentity) -> dict[str, Any]:
 def accuracy_table(result: dict[str, Any]) -> Table:
     """For people: a line for all rows, each role and each source."""
     data = result["data"]
-    table = Table(title=f"{_model_title(result['model'])}, threshold {result['threshold']:g}, on {data['name']}",
-                  caption=f"{data['rows']} of {data['of']} rows. {caption(result)}")
-    table.add_column("rows judged", no_wrap=True)
-    for heading in ("n", "unsafe", "F1 (95%)", "precision", "recall", "FPR (95%)", "AUPRC", "AUROC", "ECE", "first code"):
-        table.add_column(heading, justify="right")
+    shown = table(f"{_model_title(result['model'])}, threshold {result['threshold']:g}, on {data['name']}",
+                  f"{data['rows']} of {data['of']} rows; in brackets 95% bootstrap intervals.\n{caption(result)}",
+                  ("rows judged", "n", "unsafe", "F1", "prec.", "recall", "FPR", "AUPRC", "AUROC", "ECE", "first code"))
     for title, group in (("all", {"": result["overall"]}), ("role", result["by_role"]), ("source", result["by_source"])):
         for name, values in group.items():
-            table.add_row(Text(f"{title} {name}".strip()), *_cells(values))  # a name is no markup
-        table.add_section()
-    return table
+            shown.add_row(Text(f"{title} {name}".strip()), *_cells(values))  # a name is no markup
+        shown.add_section()
+    return shown
 
 
 def agreement_table(result: dict[str, Any]) -> Table:
     """For people: one line for all rows and one for each role."""
     data = result["data"]
-    table = Table(title=f"{_model_title(result['model'])} to {_model_title(result['other'])}, on {data['name']}",
-                  caption=f"{data['rows']} of {data['of']} rows, threshold {result['threshold']:g}. {caption(result)}")
-    table.add_column("rows judged")
-    for heading in ("n", "same verdict", "unsafe to safe", "safe to unsafe", "mean drift", "signed", "largest", "same codes"):
-        table.add_column(heading, justify="right")
+    shown = table(f"{_model_title(result['model'])}, then {_model_title(result['other'])}, on {data['name']}",
+                  f"{data['rows']} of {data['of']} rows, threshold {result['threshold']:g}.\n{caption(result)}",
+                  ("rows judged", "n", "verdict alike", "to safe", "to unsafe", "mean drift", "signed", "largest", "codes alike"))
     for name, values in {"all": result["overall"], **result["by_role"]}.items():
-        table.add_row(
+        shown.add_row(
             name, str(values["rows"]), f"{values['agreement']:.2%}", str(values["unsafe_to_safe"]), str(values["safe_to_unsafe"]),
             number(values["drift"], 4), f"{values['drift_signed']:+.4f}", number(values["drift_max"], 4),
             f"{values['same_codes']} of {values['both_unsafe']}",
         )
-    return table
+    return shown
 
 
 def _groups(judged: Judged, key: Callable[[Row], str], seed: int) -> dict[str, Any]:
@@ -147,7 +143,7 @@ def _cells(values: dict[str, Any]) -> list[str]:
 
 
 def _with_interval(value: float | None, bounds: Interval | None) -> str:
-    return number(value) if bounds is None else f"{number(value)} ({bounds[0]:.3f}-{bounds[1]:.3f})"
+    return number(value) if bounds is None else f"{number(value)} ({bounds[0]:.2f}-{bounds[1]:.2f})"
 
 
 def _model_title(model: dict[str, Any]) -> str:

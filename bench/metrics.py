@@ -49,8 +49,8 @@ class Counts:
 
     @property
     def f1(self) -> float | None:
-        """Harmonic mean of precision and recall."""
-        return ratio(2 * self.tp, 2 * self.tp + self.fp + self.fn)
+        """Harmonic mean of precision and recall; 0 when nothing unsafe was found, None when there was nothing to find."""
+        return ratio(2 * self.tp, 2 * self.tp + self.fp + self.fn) if self.tp + self.fn else None
 
     @property
     def fpr(self) -> float | None:
@@ -96,14 +96,15 @@ def interval(counts: Counts, measure: Callable[[Counts], float | None], seed: in
     """Bootstrap 95% interval (percentiles) of a measure of counts.
 
     Drawing rows anew with replacement draws the four counts from a multinomial distribution, so that is what is drawn.
+    None when every draw gives the same, as for no false alarm at all: such counts do not say how far the truth may be.
     """
-    cells = np.array([counts.tp, counts.fp, counts.fn, counts.tn])
     if measure(counts) is None:
         return None
+    cells = np.array([counts.tp, counts.fp, counts.fn, counts.tn])
     drawn = np.random.default_rng(seed).multinomial(counts.total, cells / counts.total, size=samples)
     values = [value for row in drawn.tolist() if (value := measure(Counts(*row))) is not None]
     low, high = np.quantile(values, (0.025, 0.975))
-    return float(low), float(high)
+    return (float(low), float(high)) if min(values) < max(values) else None
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:

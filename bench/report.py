@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from rich.box import SIMPLE_HEAD
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
 
 from edgeguard import machine
 from edgeguard.cli.console import write_json
@@ -53,6 +56,15 @@ def caption(result: Mapping[str, Any]) -> str:
     host = result["machine"]
     return (f"{host['cpu'] or host['arch']}, {host['cores'] or host['logical']} cores, "
             f"load {host['load'][0]} at the start, edgeguard {result['versions']['edgeguard']}")
+
+
+def table(title: str, below: str, headings: Sequence[str]) -> Table:
+    """A narrow table: names on the left, figures on the right."""
+    made = Table(title=Text(title), title_justify="left", caption=Text(below), caption_justify="left",
+                 box=SIMPLE_HEAD, pad_edge=False)
+    for place, heading in enumerate(headings):
+        made.add_column(heading, justify="right" if place else "left", no_wrap=place == 0)
+    return made
 
 
 def emit(result: Mapping[str, Any], shown: Sequence[RenderableType], path: Path | None) -> None:

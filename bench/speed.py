@@ -91,10 +91,8 @@ class EdgeguardEngine:
 
     def answers(self, messages: Sequence[str]) -> list[Answer]:
         """One message as a call of `check`, several as one pass of `check_many`."""
-        if len(messages) == 1:
-            verdicts = [self._guard.check(messages[0])]
-        else:
-            verdicts = list(self._guard.check_many(messages, batch=len(messages)))
+        one, *more = messages
+        verdicts = self._guard.check_many(messages, batch=len(messages)) if more else [self._guard.check(one)]
         return [Answer(verdict.raw, verdict.tokens["prompt"]) for verdict in verdicts]
 
     def close(self) -> None:
@@ -201,7 +199,7 @@ def in_child(engine: str, setting: Setting, message: str) -> dict[str, Any]:
 
 
 class Course:
-    """One run: every contender over the same blocks of messages, in turn, each leading as often as the others."""
+    """One run: every contender over the same blocks of messages, in turn; the order moves on by one each round."""
 
     def __init__(self, setting: Setting, engines: Engines = ENGINES, cold: Callable[..., dict[str, Any]] = in_child) -> None:
         self.setting, self._engines, self._cold = setting, engines, cold
@@ -216,7 +214,6 @@ class Course:
     def run(self, count: int, rounds: int, seed: int = 0, done: Callable[[float], object] = lambda _: None) -> dict[str, Any]:
         """`rounds` times `count` messages of each kind, none of them twice; `done` is called with each finished share of 1."""
         kinds = list(texts.KINDS)
-        self._largest = len(packs(list(map(str, range(count))), PACK)[-1])
         # one more to start with, and one for each cold start
         made = {kind: texts.messages(kind, count * rounds + 1 + rounds, seed) for kind in kinds}
         step = 1 / (rounds * (len(self._engines) + len(kinds) * len(CONTENDERS)))
@@ -271,7 +268,7 @@ class Course:
             answers += answered
 
     def _row(self, contender: Contender, kinds: list[str]) -> dict[str, Any]:
-        row: dict[str, Any] = {"name": contender.name, "pack": min(contender.pack, self._largest)}
+        row: dict[str, Any] = {"name": contender.name, "pack_limit": contender.pack}
         if contender.engine in self.failed:
             return {**row, "measured": False, "reason": self.failed[contender.engine]}
         starts = self.starts[contender.engine]
@@ -286,14 +283,15 @@ class Course:
         times, answers = self.times[contender.name, kind], self.answers[contender.name, kind]
         low, middle, high = quartiles(times)
         unsafe = [answer.raw.startswith("unsafe") for answer in answers]
-        peer = PEER not in self.failed
+        alone, peer = contender.pack == 1, PEER not in self.failed
         alike = zip(answers, self.answers[PEER, kind], strict=True) if peer else ()
         return {
-            "messages": len(answers), "samples": len(times),
+            "messages": len(answers), "samples": len(times), "pack": len(answers) / len(times),
             "ms": middle, "ms_q1": low, "ms_q3": high,
             "times_faster": ratio(quartiles(self.times[PEER, kind])[1], middle) if peer else None,
             "judged_unsafe": sum(unsafe),
-            "ms_judged_unsafe": _middle([ms for ms, found in zip(times, unsafe, strict=True) if found]) if contender.pack == 1 else None,
+            # a pack holds both, so its time says nothing of one
+            "ms_judged_unsafe": _middle([ms for ms, found in zip(times, unsafe, strict=True) if found]) if alone else None,
             "same_answer": sum(one.raw == other.raw for one, other in alike) if peer else None,
             "prompt_tokens": _middle([answer.tokens for answer in answers]),
         }

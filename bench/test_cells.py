@@ -5,6 +5,7 @@ The built-in model on each backend, alone and packed. A runtime that is not inst
 
 from __future__ import annotations
 
+import atexit
 from functools import lru_cache
 from itertools import cycle
 from typing import Any
@@ -24,7 +25,9 @@ def pytest_generate_tests(metafunc: Any) -> None:  # noqa: ANN401  pytest is no 
 @lru_cache(maxsize=len(ENGINES))
 def engine(name: str) -> Engine:
     """Loaded once for all cells."""
-    return ENGINES[name](Setting())
+    made = ENGINES[name](Setting())
+    atexit.register(made.close)
+    return made
 
 
 def test_verdict(benchmark: Any, contender: Contender, kind: str) -> None:  # noqa: ANN401

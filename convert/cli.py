@@ -40,7 +40,7 @@ def main(
     exporter: Annotated[str, typer.Option(help="guard, or optimum (ONNX fp32 from a folder).")] = "guard",
     shared: Annotated[bool, typer.Option("--shared", help=SHARED)] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is there.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="Of the runtimes, if not the machine's choice.", show_default=False)] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="If not the machine's choice.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON, on one line.")] = False,
 ) -> None:
     """Convert a guard model to ONNX or GGUF, hold it against its source, and say the numbers."""

@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from edgeguard.convert.gguf_tokenizer import Vocabulary, from_json
 from numpy.typing import NDArray
 
 from edgeguard.architecture import Shape
 from edgeguard.backends.reference import inverse_frequencies
+from edgeguard.convert.gguf_tokenizer import Vocabulary, from_json
 from edgeguard.errors import ConversionError, RuntimeMissingError
 from edgeguard.gguf_check import FILE_TYPES, check_gguf
 from edgeguard.weights import Weights, expected, read_json
 
 if TYPE_CHECKING:
-    from edgeguard.convert.quantize import Int4Blocks, Int8Rows
     from gguf import GGUFWriter
     from gguf.gguf_writer import TensorInfo
+
+    from edgeguard.convert.quantize import Int4Blocks, Int8Rows
 
 FloatType = Literal["f32", "f16", "bf16"]
 Quantised = Callable[[str], "Int8Rows | Int4Blocks | None"]

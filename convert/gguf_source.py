@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from edgeguard.convert import gguf_tokenizer
-from edgeguard.convert.gguf_file import ROPE_FACTORS, gguf_name, rope_rows
 from numpy.typing import NDArray
 
 from edgeguard.backends.reference import inverse_frequencies
+from edgeguard.convert import gguf_tokenizer
+from edgeguard.convert.gguf_file import ROPE_FACTORS, gguf_name, rope_rows
 from edgeguard.errors import ModelFileError, RuntimeMissingError
 from edgeguard.gguf_check import check_gguf
 from edgeguard.weights import DTYPES, expected, widen

@@ -16,10 +16,11 @@ from edgeguard import __version__
 from edgeguard.answers import Answers
 from edgeguard.backends.base import Backend, FloatArray
 from edgeguard.convert import gate, gate_texts, notices, probe, room
-from edgeguard.convert.prefixes import Entry, Walked, entry_of, role_prefixes, save_prefix, walk
+from edgeguard.convert.prefixes import Entry, Walked, entry_of, save_prefix, walk
 from edgeguard.convert.quantize import QuantisedTensor, int4_blocks, int8_rows
 from edgeguard.convert.source import Source, check_vocabulary, open_source
 from edgeguard.errors import ConversionError, EdgeGuardError, RuntimeMissingError, StoreError
+from edgeguard.prefix import role_prefixes
 from edgeguard.profiles import Profile
 from edgeguard.profiles import get as get_profile
 from edgeguard.store import Artifact, Kind, Manifest, PrefixRecord, home, records
@@ -82,7 +83,8 @@ def convert(source: str | Path, out: str | Path, *, target: str, precision: str,
 
     `target` is `onnx` or `gguf`; `precision` one of `PRECISIONS[target]`; `shared` quantises so that the ONNX and the GGUF
     artifact hold the same weights; `exporter` is `guard` or `optimum` (ONNX fp32 from a folder); `force` replaces an
-    artifact; `threads` are the runtime's, by default the machine's choice. `progress(stage, done, total)`. The folder is built as `out`.partial and renamed when the gate is passed.
+    artifact; `threads` are the runtime's, by default the machine's choice; `progress(stage, done, total)`.
+    The folder is built as `out`.partial and renamed when the gate is passed.
     Raises `ConversionError` (also when the gate fails), `ModelError`, `StoreError`, `RuntimeMissingError`.
     """
     out = Path(out)

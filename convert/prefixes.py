@@ -20,7 +20,7 @@ from edgeguard.errors import ConversionError
 from edgeguard.profiles import Profile
 from edgeguard.prompt import render
 from edgeguard.store.files import Progress
-from edgeguard.tokenizer import Tokenizer, shared_prefix
+from edgeguard.tokenizer import Tokenizer
 from edgeguard.verdict import Role
 from edgeguard.weights import DTYPES, Weights, widen
 
@@ -43,19 +43,6 @@ class Walked:
     """Of each prefix: keys after RoPE and values, both (layers, kv_heads, tokens, head_dim)."""
     logits: FloatArray
     """Of the token that follows each entry: (entries, vocab)."""
-
-
-def role_prefixes(profile: Profile, tokenizer: Tokenizer) -> dict[Role, tuple[int, ...]]:
-    """The ids that every prompt of the profile's own policy begins with, for each role that has any."""
-    asked, said = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "What?"}
-    # an assistant's turn may stand alone or follow the user's: what only one of the two begins with is no prefix
-    given: dict[Role, list[Conversation]] = {
-        "user": [Conversation.of("What?"), Conversation.of("7"), Conversation.of([asked, said, asked])],
-        "assistant": [Conversation.of("What?", "assistant"), Conversation.of("7", "assistant"), Conversation.of([asked, said])],
-    }
-    shared = {role: tuple(shared_prefix(tokenizer, [render(profile, one) for one in several]))
-              for role, several in given.items()}
-    return {role: ids for role, ids in shared.items() if ids}
 
 
 def entry_of(conversation: Conversation, profile: Profile, tokenizer: Tokenizer, answers: Answers,

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeguard.errors import ModelFileError, ModelMismatchError, ModelNotFoundError
-from edgeguard.store import Artifact, pull, resolve, sha256
-from edgeguard.store.catalogue import HUB_ID, Model
+from edgeguard.store import Model, pull, resolve, sha256
+from edgeguard.store.catalogue import HUB_ID
 from edgeguard.store.files import Progress
 from edgeguard.weights import SafetensorsWeights, Weights
 
@@ -83,15 +83,12 @@ def check_vocabulary(weights: Weights, tokens: int) -> None:
 
 def _find(given: str | Path, progress: Progress | None) -> Model:
     try:
-        model = resolve(given, ("hf", "gguf"))
+        return resolve(given, ("hf", "gguf"))
     except ModelNotFoundError:
         if not _is_hub_id(given):
             raise
-        pull(str(given), progress=progress, include=WANTED)
-        model = resolve(given, ("hf", "gguf"))
-    if isinstance(model, Artifact) and model.kind != "gguf":
-        raise ModelFileError(f"{given} is an ONNX artifact already; convert from the checkpoint that it was made from.")
-    return model
+    pull(str(given), progress=progress, include=WANTED)
+    return resolve(given, ("hf", "gguf"))
 
 
 def _is_hub_id(given: str | Path) -> bool:

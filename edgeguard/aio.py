@@ -26,7 +26,7 @@ class AsyncGuard:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="edgeguard")
 
     @classmethod
-    async def load(cls, *args: Any, **options: Any) -> AsyncGuard:
+    async def load(cls, *args: Any, **options: Any) -> AsyncGuard:  # noqa: ANN401  passed on as they are
         """`Guard.load` with the same arguments, off the event loop."""
         return cls(await asyncio.to_thread(functools.partial(Guard.load, *args, **options)))
 
@@ -36,7 +36,7 @@ class AsyncGuard:
         return self._guard.identity
 
     async def check(self, given: Judged, role: str | None = None, threshold: float | None = None, *,
-                    timeout: float | None = None, verdict_only: bool = False) -> Verdict:  # noqa: ASYNC109
+                    timeout: float | None = None, verdict_only: bool = False) -> Verdict:
         """As `Guard.check`; `timeout` counts from this call, waiting for other calls included."""
         run = Run.within(timeout)
         return await self._within(run, functools.partial(

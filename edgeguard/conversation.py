@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from edgeguard.errors import ConversationError
@@ -79,6 +80,6 @@ def _message(item: object, where: str) -> Message:
 def _check_order(messages: tuple[Message, ...]) -> None:
     if messages[0].role != "user" and len(messages) > 1:
         raise ConversationError("The first message must be the user's.")
-    for index, (before, after) in enumerate(zip(messages, messages[1:], strict=False), 2):
+    for index, (before, after) in enumerate(pairwise(messages), 2):
         if before.role == after.role:
             raise ConversationError(f"Message {index} is the {after.role}'s again; user and assistant must alternate.")

@@ -24,8 +24,8 @@ BRANCHES = 12
 """Sequences fed ahead in one pass; on a CPU about ten tokens of a pass cost as much as one pass more."""
 LIKELY = 0.03
 """Branches less likely than this are not fed ahead."""
-END = 0.5
-"""Guess that a list ends after a code, as long as the model was not asked."""
+END, NEXT, LONGER = 0.5, 0.35, 0.15
+"""Guesses of what comes behind a code, as long as the model was not asked: the end, one more code, or (`S1`, `S10`) a digit."""
 
 Requests = list[tuple[Node, Ids]]
 Walk = Generator[Requests, list[Node], "Decision"]
@@ -127,7 +127,8 @@ def _walk(node: Node, answers: Answers, head: _Head, threshold: float, verdict_o
     """One conversation: yields the sequences that it wants evaluated, is sent their nodes, returns its decision."""
     safe = head.read(node.logits, [ids[0] for ids in answers.safe])
     unsafe = head.read(node.logits, [ids[0] for ids in answers.unsafe])
-    score = float(np.exp(_log_sum(unsafe) - _log_sum([*safe, *unsafe])))
+    with np.errstate(over="ignore"):
+        score = float(1 / (1 + np.exp(_log_sum(safe) - _log_sum(unsafe))))
     mass = float(np.exp(_log_sum([*safe, *unsafe]) - _log_sum(node.logits.astype(np.float64))))
     if mass < MASS_FLOOR:
         raise InferenceError(f"The model gave its two answers a probability of only {mass:.1e}; the text was not judged.")
@@ -173,6 +174,7 @@ class _Tree:
         """For every place asked, where the likeliest allowed token leads."""
         self._next: dict[State, dict[State, float]] = {}
         self._nodes: dict[Ids, Node] = {}
+        self._reached: dict[State, tuple[list[int], list[State]]] = {}
         self._answers, self._head = answers, head
 
     def add(self, place: State, node: Node) -> None:
@@ -185,9 +187,11 @@ class _Tree:
 
     def _steps(self, place: State) -> tuple[list[int], list[State]]:
         """Ids that may follow, ascending, and the places that they lead to."""
-        steps = self._answers.steps(place)
-        ids = sorted(steps)
-        return ids, [self._answers.settle(steps[id_]) for id_ in ids]
+        if place not in self._reached:
+            steps = self._answers.steps(place)
+            ids = sorted(steps)
+            self._reached[place] = ids, [self._answers.settle(steps[id_]) for id_ in ids]
+        return self._reached[place]
 
     def plan(self, missing: State) -> list[State]:
         """Places for the next pass: what the code at hand can need, then what is likely, the most likely first."""
@@ -216,14 +220,17 @@ class _Tree:
                 yield from self._cover(reached) if reached.listed == place.listed else [reached]
 
     def _guess(self, place: State) -> dict[State, float]:
-        """Shares where the model was not asked yet: codes as at the first choice, and `END` for the end."""
+        """Shares where the model was not asked yet; codes as at the first choice. Only decides what is fed ahead."""
         ids, reached = self._steps(place)
-        ends = [state.ended for state in reached]
-        if not any(ends):
-            first = self._nodes[self._answers.path(self.root)].logits
-            return _shares(reached, self._head.read(first, ids))
-        others = len(ends) - sum(ends)
-        return _shares(reached, np.log([END / sum(ends) if end else (1 - END) / others for end in ends]))
+        kinds = [END if state.ended else NEXT if len(state.listed) > len(place.listed) else LONGER for state in reached]
+        if END in kinds:
+            return _shares(reached, np.log([kind / kinds.count(kind) for kind in kinds]))
+        logits = self._head.read(self._nodes[self._answers.path(self.root)].logits, ids)
+        # what listed codes begin with was likely because of them
+        size, spelled = len(place.partial), [self._answers.following[code] for code in place.listed]
+        taken = {code[size] for code in spelled if len(code) > size and code[:size] == place.partial}
+        logits[[id_ in taken for id_ in ids]] = logits.min()
+        return _shares(reached, logits)
 
     def requests(self, places: Sequence[State]) -> Requests:
         """Each place as a sequence that goes on from the longest one kept."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -19,9 +19,10 @@ from edgeguard.conversation import Conversation, Message
 from edgeguard.decoder import Decision, decide_many
 from edgeguard.errors import ContextLengthError, EdgeGuardError, InferenceError, InputError, ModelMismatchError, PolicyError
 from edgeguard.policy import Policy
+from edgeguard.prefix import role_prefixes
 from edgeguard.profiles import Profile
 from edgeguard.prompt import render
-from edgeguard.tokenizer import Tokenizer, shared_prefix
+from edgeguard.tokenizer import Tokenizer
 from edgeguard.verdict import Category, ModelIdentity, Role, Verdict
 
 Judged = str | Sequence[Mapping[str, Any] | Message]
@@ -61,8 +62,8 @@ class Guard:
                 f"The model's head has no rows for {len(lacking)} of the answer's tokens (ids {sorted(lacking)[:5]}); "
                 f"it was not converted for the profile {profile.name!r}."
             )
+        self._prefixes = role_prefixes(profile, tokenizer, policy)
         self._roots: dict[Role, Node] = {}
-        self._prefixes: dict[Role, list[int]] = {}
         self._lock = threading.Lock()
         self._process = os.getpid()
         self._closed = False
@@ -73,7 +74,7 @@ class Guard:
              policy: Policy | str | Path | Sequence[Any] | None = None, neutralise: bool = False) -> Guard:
         """Load a model by name or path, or the built-in one.
 
-        `backend` is `auto`, `onnx`, `llama`, `reference`, or a backend object such as a `ScriptedBackend`; `device` is `auto`,
+        `backend` is `auto`, `onnx`, `llama`, `reference`, or a `Backend` of your own; `device` is `auto`,
         `cpu`, `cuda`, `metal`, ...; `policy` is a list of categories or a YAML or JSON file. `profile` is needed only for
         model files that do not say which guard model they are. With `neutralise`, pieces of the prompt's template inside
         the text are defused, not only reported. Raises `ModelError`, `RuntimeMissingError`, `DeviceError`, `PolicyError`.
@@ -87,6 +88,19 @@ class Guard:
         except BaseException:
             parts.backend.shutdown()
             raise
+
+    @classmethod
+    def scripted(cls, answer: Callable[[str], str], model: str | Path | None = None, *, profile: str | None = None) -> Guard:
+        """A guard without weights, for an application's tests: `answer` gets the prompt and returns the model's answer.
+
+            Guard.scripted(lambda prompt: "unsafe\\nS1" if "bomb" in prompt else "safe")
+
+        `model` lends its tokenizer and profile, by default the built-in one.
+        """
+        from edgeguard.loading import scripted_parts
+
+        parts = scripted_parts(answer, model, profile)
+        return cls(parts.backend, parts.tokenizer, parts.profile, parts.identity)
 
     @property
     def backend_info(self) -> BackendInfo:
@@ -181,24 +195,13 @@ class Guard:
         """One node at the end of each prompt, all in one pass on the kept prefixes."""
         entries: list[tuple[Node, list[int]]] = []
         for one in asked:
-            prefix = self._prefix(one.role)
+            prefix = self._prefixes[one.role]
             if one.role not in self._roots:
                 self._roots[one.role] = self._backend.open(prefix, run)
-            if one.ids[: len(prefix)] != prefix:
+            if tuple(one.ids[: len(prefix)]) != prefix:
                 raise InferenceError("The text changed the tokens of the prompt before it; it cannot be judged as it stands.")
             entries.append((self._roots[one.role], one.ids[len(prefix):]))
         return self._backend.extend(entries, run)
-
-    def _prefix(self, role: Role) -> list[int]:
-        """Tokens that every prompt of this role begins with."""
-        if role not in self._prefixes:
-            given = [Conversation.of(text, role) for text in ("Hello", "1 + 1", "?")]
-            # an assistant's turn may stand alone or follow the user's: the prompts of both begin with the prefix
-            asked, said = {"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello"}
-            given += [Conversation.of([asked, said])] if role == "assistant" else [Conversation.of([asked, said, asked])]
-            prompts = [render(self.profile, conversation, self._custom) for conversation in given]
-            self._prefixes[role] = shared_prefix(self._tokenizer, prompts)
-        return self._prefixes[role]
 
     @contextmanager
     def _held(self, run: Run) -> Iterator[None]:

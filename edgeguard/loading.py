@@ -87,7 +87,7 @@ def _named(model: str | Path | None, backend: str) -> Choice:
                 raise RuntimeMissingError(runtime.package, runtime.extra)
             return Choice(runtime, store.resolve(model, (runtime.kind,)), "asked for by name")
     if backend == "scripted":
-        raise InputError("A scripted backend has no model: make a ScriptedBackend and give it as backend=.")
+        raise InputError("A scripted guard has no model to load: use Guard.scripted.")
     raise InputError(f"There is no backend {backend!r}; there are auto, {', '.join(r.backend for r in RUNTIMES)} and scripted.")
 
 
@@ -109,14 +109,26 @@ def load_parts(model: str | Path | None = None, *, backend: str | Backend = "aut
     if tokenizer.vocab_size < rows:
         running.shutdown()
         raise ModelMismatchError(f"The tokenizer of {found.name} has {tokenizer.vocab_size} ids, its model answers with {rows}.")
-    return Parts(running, tokenizer, named, _identity(found, named, running))
+    return Parts(running, tokenizer, named, _identity(found.name, _weights_hash(found), named, running))
 
 
 def _given(model: str | Path | None, backend: Backend, profile: str | None) -> Parts:
     """A backend object of the caller's, with the tokenizer and profile of a model, by default the built-in one."""
     found = store.resolve(model)
     named = _profile(found, profile)
-    return Parts(backend, _tokenizer(found.tokenizer), named, _identity(found, named, backend))
+    return Parts(backend, _tokenizer(found.tokenizer), named, _identity(backend.info.name, "", named, backend))
+
+
+def scripted_parts(answer: Callable[[str], str], model: str | Path | None = None, profile: str | None = None) -> Parts:
+    """The parts of a guard without weights; `Guard.scripted` tells the arguments."""
+    from edgeguard.answers import Answers
+    from edgeguard.backends.scripted import ScriptedBackend
+
+    found = store.resolve(model)
+    named, tokenizer = _profile(found, profile), _tokenizer(found.tokenizer)
+    answers = Answers.build(named, [category.code for category in named.policy.categories], tokenizer)
+    backend = ScriptedBackend.answering(answer, answers, tokenizer, context=named.context)
+    return Parts(backend, tokenizer, named, _identity("scripted", "", named, backend))
 
 
 def _profile(model: Model, asked: str | None) -> Profile:
@@ -164,13 +176,16 @@ def _smaller(model: Model, free: int) -> Path | None:
     return max(fitting)[1] if fitting else None
 
 
-def _identity(model: Model, profile: Profile, backend: Backend) -> ModelIdentity:
+def _weights_hash(model: Model) -> str:
+    """SHA-256 of the file that holds the weights, by the manifest; empty without one."""
     files = model.manifest.files.values() if isinstance(model, Artifact) else ()
     weights = max(files, key=lambda record: record.size, default=None)
-    return ModelIdentity(
-        name=model.name, profile=profile.name, precision=backend.info.precision, sha256=weights.sha256 if weights else "",
-        backend=backend.info.name, runtime=backend.info.runtime, device=backend.info.device,
-    )
+    return weights.sha256 if weights else ""
+
+
+def _identity(name: str, sha256: str, profile: Profile, backend: Backend) -> ModelIdentity:
+    info = backend.info
+    return ModelIdentity(name, profile.name, info.precision, sha256, info.name, info.runtime, info.device)
 
 
 def _onnx(model: Model, device: str, threads: int | None) -> Backend:

@@ -113,7 +113,9 @@ def test_beginning_common_to_all_forms_is_forced(smollm: JsonTokenizer) -> None:
     assert smollm.decode(answers.unsafe[0]) == "unsafe"
 
 
-@pytest.mark.parametrize(("safe", "unsafe"), [(("[safe", "safe"), ("[unsafe",)), (("safe",), ("safe not",)), (("safe",), ("safe",))])
+@pytest.mark.parametrize(("safe", "unsafe"), [
+    (("[safe", "safe"), ("[unsafe",)), (("safe",), ("safe not",)), (("safe",), ("safe",)),
+])
 def test_forms_that_begin_alike_are_a_mismatch(smollm: JsonTokenizer, safe: tuple[str, ...], unsafe: tuple[str, ...]) -> None:
     profile = replace(profiles.get("edgeguard-mini"), safe_forms=safe, unsafe_forms=unsafe)
     with pytest.raises(ModelMismatchError) as caught:
@@ -144,7 +146,7 @@ class Melting:
     vocab_size, sha256 = 1000, ""
 
     def encode_text(self, text: str) -> list[int]:
-        return [ord(character) + (500 if character == "S" and "S3,S" in text[:place] else 0) for place, character in enumerate(text)]
+        return [ord(sign) + (500 if sign == "S" and "S3,S" in text[:place] else 0) for place, sign in enumerate(text)]
 
     def decode(self, ids: list[int]) -> str:
         return "".join(chr(id_ - 500 if id_ >= 500 else id_) for id_ in ids)

@@ -43,6 +43,7 @@ def test_what_is_not_defined_is_none() -> None:
     only_safe = Counts.of([False, False], [False, False])
     assert (only_safe.precision, only_safe.recall, only_safe.f1, only_safe.fpr) == (None, None, None, 0)
     assert Counts.of([True], [True]).fpr is None
+    assert Counts.of([False], [True]).f1 is None and Counts.of([True], [False]).f1 == 0
     assert metrics.interval(only_safe, lambda counts: counts.f1) is None
     assert metrics.auroc([True, True], [0.1, 0.2]) is None
     assert metrics.auprc([False], [0.3]) is None
@@ -94,7 +95,7 @@ def test_interval_is_seeded_holds_the_value_and_narrows() -> None:
     interval: Any = partial(metrics.interval, measure=lambda counts: counts.f1, seed=3)
     assert interval(Counts(3, 1, 1, 5)) == interval(Counts(3, 1, 1, 5))
     assert 1.5 < width(1) / width(4) < 2.6  # a bootstrap interval shrinks with the root of the rows
-    assert metrics.interval(Counts(5, 0, 0, 5), lambda counts: counts.fpr) == (0, 0)
+    assert metrics.interval(Counts(5, 0, 0, 5), lambda counts: counts.fpr) is None, "no width is no certainty"
 
 
 def test_interval_is_that_of_rows_drawn_anew() -> None:
@@ -150,8 +151,9 @@ def write(path: Path, rows: Sequence[object]) -> Path:
 @pytest.mark.parametrize("wrong", [
     "", "{", "[]", '"text"', "\udcff".encode("utf-8", "surrogateescape").decode("latin-1"),
     {key: value for key, value in GOOD.items() if key != "source"},
-    GOOD | {"label": "Unsafe"}, GOOD | {"label": None}, GOOD | {"role": "system"}, GOOD | {"role": None}, GOOD | {"role": "assistant"},
-    GOOD | {"messages": []}, GOOD | {"messages": "How do I bake bread?"}, GOOD | {"messages": [{"role": "user", "content": "  "}]},
+    GOOD | {"label": "Unsafe"}, GOOD | {"label": None}, GOOD | {"messages": []}, GOOD | {"messages": "How do I bake bread?"},
+    GOOD | {"role": "system"}, GOOD | {"role": None}, GOOD | {"role": "assistant"},
+    GOOD | {"messages": [{"role": "user", "content": "  "}]},
     GOOD | {"categories": "S1"}, GOOD | {"categories": ["S1"]}, GOOD | {"categories_known": 1}, GOOD | {"source": ""},
     GOOD | {"label": "unsafe"}, GOOD | {"label": "unsafe", "categories": ["S99"]}, GOOD | {"label": "unsafe", "categories": [1]},
     GOOD | {"label": "unsafe", "categories": ["S1"], "categories_known": False},
@@ -203,7 +205,8 @@ def make_guard(llama3_tokenizer: Path) -> Callable[..., Guard]:
 
     def make(answer: Callable[[str], str], name: str = "scripted") -> Guard:
         backend = ScriptedBackend.answering(answer, answers, tokenizer)
-        return Guard(backend, tokenizer, profile, ModelIdentity(name, profile.name, "fp32", "0" * 64, "scripted", "script", "cpu"))
+        identity = ModelIdentity(name, profile.name, "fp32", "0" * 64, "scripted", "script", "cpu")
+        return Guard(backend, tokenizer, profile, identity)
 
     return make
 
@@ -354,7 +357,9 @@ def test_every_contender_gets_the_same_distinct_messages() -> None:
     assert [each["kinds"]["harmful"]["messages"] for each in rows] == [40] * 4
     assert by_name[PEER]["kinds"]["harmless"]["times_faster"] == 1
     assert by_name["edgeguard llama"]["kinds"]["harmful"]["same_answer"] == 40
-    assert 0 < by_name["edgeguard onnx"]["kinds"]["harmful"]["judged_unsafe"] < 40
+    harmful = by_name["edgeguard onnx"]["kinds"]["harmful"]
+    assert 0 < harmful["judged_unsafe"] < 40 and harmful["ms_judged_unsafe"] > 0
+    assert by_name["edgeguard onnx, packed"]["kinds"]["harmful"]["ms_judged_unsafe"] is None
     assert by_name["edgeguard onnx"]["cold"] == {"load_s": 1, "first_ms": 50, "resident": 200_000_000, "anonymous": None}
 
 
@@ -394,6 +399,17 @@ def test_nothing_measured_is_status_2(monkeypatch: pytest.MonkeyPatch, capsys: p
 @pytest.mark.parametrize("engine", speed.ENGINES)
 def test_a_cold_start_that_fails_in_its_process_says_why(engine: str) -> None:
     assert "no-such-model" in speed.in_child(engine, Setting("no-such-model", threads=1), "Hello.")["error"]
+
+
+def test_the_built_in_model_on_every_engine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("speed", "--messages", "2", "--rounds", "1", "--threads", "1", "--device", "cpu") == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [each.get("reason") for each in rows] == [None] * 4
+    prompts = [[each["kinds"][kind]["prompt_tokens"] for kind in texts.KINDS] for each in rows]
+    assert prompts == prompts[:1] * 4, "llama-cpp-python reads the very same prompts"
+    assert rows[0]["sha256"] == rows[1]["sha256"] != rows[2]["sha256"]
+    assert all(each["kinds"]["harmless"]["ms"] > 0 and each["cold"]["resident"] > 1e7 for each in rows)
+    assert rows[1]["kinds"]["harmless"]["same_answer"] == 2
 
 
 @pytest.mark.parametrize(("count", "sizes"), [(1, [1]), (16, [16]), (17, [8, 9]), (24, [12, 12]), (33, [11, 11, 11])])

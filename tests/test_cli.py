@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from edgeguard.cli import doctor, main
 from edgeguard.errors import ModelNotFoundError
 
 SECRET = "xyzzy-secret"
+Stdin = Callable[[bytes], None]
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +41,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[FakeGuard]:
 
 
 @pytest.fixture
-def stdin(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
+def stdin(monkeypatch: pytest.MonkeyPatch) -> Stdin:
     def give(data: bytes) -> None:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="ascii"))
 
@@ -74,7 +73,7 @@ class TestCheck:
         assert "Violent Crimes" not in out
 
     @pytest.mark.parametrize(("text", "status"), [("hello", 0), ("bomb", 1)])
-    def test_json_is_one_line_that_follows_the_schema(self, loaded: list[FakeGuard], capsys: Any, text: str, status: int) -> None:
+    def test_json_is_one_line_of_the_schema(self, loaded: list[FakeGuard], capsys: Any, text: str, status: int) -> None:
         assert main(["check", text, "--json"]) == status
         out = capsys.readouterr().out
         assert out.count("\n") == 1
@@ -83,8 +82,9 @@ class TestCheck:
     def test_every_option_reaches_the_guard(self, loaded: list[FakeGuard], tmp_path: Path) -> None:
         policy = tmp_path / "policy.yaml"
         status = main([
-            "check", "bomb", "--model", "m", "--backend", "llama", "--device", "cuda", "--threads", "3", "--profile", "llama-guard-2",
-            "--role", "assistant", "--threshold", "0.95", "--policy", str(policy), "--neutralise", "--verdict-only", "--timeout", "2.5",
+            "check", "bomb", "--model", "m", "--backend", "llama", "--device", "cuda", "--threads", "3", "--neutralise",
+            "--profile", "llama-guard-2", "--role", "assistant", "--threshold", "0.95", "--policy", str(policy), "--verdict-only",
+            "--timeout", "2.5",
         ])  # fmt: skip
         assert status == 0
         assert loaded[0].given == ("m",)
@@ -93,12 +93,12 @@ class TestCheck:
         }  # fmt: skip
         assert loaded[0].asked == [("bomb", "assistant", 0.95, 2.5, True)]
 
-    def test_text_from_stdin(self, loaded: list[FakeGuard], stdin: Callable[[bytes], None]) -> None:
+    def test_text_from_stdin(self, loaded: list[FakeGuard], stdin: Stdin) -> None:
         stdin("\ufeffgrüß die bomb".encode())
         assert main(["check", "-"]) == 1
         assert loaded[0].asked[0][0] == "grüß die bomb"
 
-    def test_messages_from_a_file_and_from_stdin(self, loaded: list[FakeGuard], stdin: Callable[[bytes], None], tmp_path: Path) -> None:
+    def test_messages_from_file_and_stdin(self, loaded: list[FakeGuard], stdin: Stdin, tmp_path: Path) -> None:
         path = messages_file(tmp_path, ("user", "hi"), ("assistant", "a bomb"))
         assert main(["check", "--messages", path, "--json"]) == 1
         stdin(Path(path).read_bytes())
@@ -113,7 +113,7 @@ class TestCheck:
         (b"", "empty"), (b" \n", "empty"), (b"ab\xffcd", "offset 2"), (b"ok \xed\xa0\x80", "offset 3"), (b"\xc3", "offset 0"),
         (b"a" * (4 << 20) + b"b", "larger than"),
     ])
-    def test_bad_stdin_is_an_error(self, loaded: list[FakeGuard], stdin: Callable[[bytes], None], capsys: Any, data: bytes, says: str) -> None:
+    def test_bad_stdin_is_an_error(self, loaded: list[FakeGuard], stdin: Stdin, capsys: Any, data: bytes, says: str) -> None:
         stdin(data)
         assert main(["check", "-"]) == 2
         out, err = capsys.readouterr()
@@ -121,19 +121,20 @@ class TestCheck:
         assert says in err
 
     @pytest.mark.parametrize(("data", "says"), [
-        (b"", "not JSON"), (b"{", "line 1"), (b'"bomb"', "list of messages"), (b'{"messages": []}', "list of messages"), (b"[]", "no messages"),
-        (b"[" * 200_000, "not JSON"), (b'[{"role": "system", "content": "x"}]', "unknown role"), (b"[\xff]", "offset 1"), (b"[NaN]", "Message 1"),
+        (b"", "not JSON"), (b"{", "line 1"), (b'"bomb"', "list of messages"), (b'{"messages": []}', "list of messages"),
+        (b"[]", "no messages"), (b"[" * 200_000, "not JSON"), (b"[\xff]", "offset 1"), (b"[NaN]", "Message 1"),
+        (b'[{"role": "system", "content": "x"}]', "unknown role"),
         (b'[{"role": "user", "content": "\\ud800"}]', "surrogate"), (b'[{"role": "user", "content": null}]', "NoneType"),
     ])
-    def test_bad_messages_are_an_error(self, loaded: list[FakeGuard], tmp_path: Path, capsys: Any, data: bytes, says: str) -> None:
+    def test_bad_messages_are_errors(self, loaded: list[FakeGuard], tmp_path: Path, capsys: Any, data: bytes, says: str) -> None:
         (tmp_path / "m.json").write_bytes(data)
         assert main(["check", "-m", str(tmp_path / "m.json")]) == 2
         assert says in capsys.readouterr().err
 
     @pytest.mark.parametrize("arguments", [
-        [], ["a", "b"], ["a", "-m", "x.json"], ["-m", "/no/such/file"], ["-m", "/"], ["a", "--threshold", "1.5"], ["a", "--threshold", "nan"],
-        ["a", "--threshold", "x"], ["a", "--timeout", "0"], ["a", "--timeout", "nan"], ["a", "--threads", "0"], ["a", "--backend", "gpt"],
-        ["a", "--role", "system"], ["a", "--nope"], ["\udcff"],
+        [], ["a", "b"], ["a", "-m", "x.json"], ["-m", "/no/such/file"], ["-m", "/"], ["a", "--threshold", "1.5"],
+        ["a", "--threshold", "nan"], ["a", "--threshold", "x"], ["a", "--timeout", "0"], ["a", "--timeout", "nan"],
+        ["a", "--threads", "0"], ["a", "--backend", "gpt"], ["a", "--role", "system"], ["a", "--nope"], ["\udcff"],
     ])
     def test_usage_errors(self, loaded: list[FakeGuard], capsys: Any, arguments: list[str]) -> None:
         assert main(["check", *arguments]) == 2
@@ -143,8 +144,8 @@ class TestCheck:
         assert err.count("\n") == 1
 
     @pytest.mark.parametrize("arguments", [
-        [f"crash {SECRET}"], [f"slow {SECRET}"], [SECRET, SECRET], [f"--{SECRET} is a text"], [SECRET, "--threshold", "9"], [SECRET + "\udcff"],
-        [SECRET, "--role", "nobody"],
+        [f"crash {SECRET}"], [f"slow {SECRET}"], [SECRET, SECRET], [f"--{SECRET} is a text"], [SECRET, "--threshold", "9"],
+        [SECRET + "\udcff"], [SECRET, "--role", "nobody"],
     ])
     def test_errors_never_print_the_text(self, loaded: list[FakeGuard], capsys: Any, arguments: list[str]) -> None:
         assert main(["check", *arguments]) == 2
@@ -152,7 +153,9 @@ class TestCheck:
         assert SECRET not in out + err
         assert err.startswith("edgeguard: error: ")
 
-    def test_unexpected_errors_hint_at_the_switch(self, loaded: list[FakeGuard], capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_unexpected_errors_hint_at_the_switch(
+        self, loaded: list[FakeGuard], capsys: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         assert main(["check", "crash"]) == 2
         assert "ZeroDivisionError" in (first := capsys.readouterr().err)
         assert "EDGEGUARD_DEBUG=1" in first
@@ -202,14 +205,15 @@ class TestPrompt:
         out, err = capsys.readouterr()
         assert "S1: Spoilers" in out
         assert "Violent" not in out
-        assert err.startswith("edgeguard: warning: Message 1 (user) holds [/INST]")
+        assert err.startswith("edgeguard: warning: Message 1 (user) holds \"[/INST]\"")
 
     def test_neutralise(self, capsys: Any) -> None:
         assert main(["prompt", "[/INST]", "--neutralise"]) == 0
         assert "(/INST)" in capsys.readouterr().out
 
     @pytest.mark.parametrize("arguments", [
-        ["x", "--ids"], ["x", "--profile", "gpt"], ["x", "--ids", "--tokenizer", "/no/such"], ["x", "--policy", "/no/such"], [" "], [],
+        ["x", "--ids"], ["x", "--profile", "gpt"], ["x", "--ids", "--tokenizer", "/no/such"], ["x", "--policy", "/no/such"],
+        [" "], [],
     ])
     def test_errors(self, capsys: Any, arguments: list[str]) -> None:
         assert main(["prompt", *arguments]) == 2
@@ -223,7 +227,7 @@ class TestModels:
         (home / "bad").mkdir()
         assert main(["models", "list"]) == 0
         out = capsys.readouterr().out
-        assert [line.split()[:2] for line in out.splitlines()[:4]] == [["NAME", "KIND"], ["mini", "gguf"], ["mini", "onnx"], ["mine", "gguf"]]
+        assert [line.split()[:2] for line in out.splitlines()[1:4]] == [["mini", "gguf"], ["mini", "onnx"], ["mine", "gguf"]]
         assert "bad: " in out
         assert main(["models", "list", "--json"]) == 0
         plain = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
@@ -264,7 +268,7 @@ class TestModels:
         assert main(["models", "pull", "org/guard"]) == 2
         assert "EDGEGUARD_OFFLINE" in capsys.readouterr().err
 
-    def test_remove(self, mini: Path, home: Path, capsys: Any, stdin: Callable[[bytes], None]) -> None:
+    def test_remove(self, mini: Path, home: Path, capsys: Any, stdin: Stdin) -> None:
         make_artifact(home / "mine")
         stdin(b"y\n")
         assert main(["models", "remove", "mine"]) == 2, "there is no terminal to ask on"
@@ -310,7 +314,7 @@ class TestRest:
         assert main(["--version"]) == 0
         assert capsys.readouterr().out == f"edgeguard {edgeguard.__version__}\n"
 
-    @pytest.mark.parametrize("arguments", [["--help"], ["check", "-h"], ["models", "--help"], ["prompt", "--help"], ["doctor", "--help"]])
+    @pytest.mark.parametrize("arguments", [["--help"], ["check", "-h"], ["models", "--help"], ["prompt", "--help"]])
     def test_help(self, capsys: Any, arguments: list[str]) -> None:
         assert main(arguments) == 0
         assert "Usage" in capsys.readouterr().out
@@ -346,63 +350,3 @@ class TestRest:
         monkeypatch.setattr("edgeguard.cli.app.importlib", types.SimpleNamespace(import_module=missing))
         assert main([package]) == 2
         assert f'pip install "edgeguard[{package}]"' in capsys.readouterr().err
-
-
-FAKE = "import sys; from fakes import FakeGuard; from edgeguard.cli import main; FakeGuard.install(); sys.exit(main(sys.argv[1:]))"
-
-
-def start(*command: str, **options: Any) -> subprocess.Popen[bytes]:
-    path = os.pathsep.join(filter(None, [options.pop("path", ""), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]))
-    environment = {**os.environ, "PYTHONPATH": path}
-    return subprocess.Popen([sys.executable, *command], env=environment, stderr=subprocess.PIPE, **options)
-
-
-class TestProcess:
-    @pytest.mark.parametrize(("text", "status"), [("hello", 0), ("bomb", 1), ("crash", 2)])
-    def test_exit_status(self, text: str, status: int) -> None:
-        process = start("-c", FAKE, "check", text, stdout=subprocess.PIPE)
-        process.communicate(timeout=60)
-        assert process.returncode == status
-
-    @pytest.mark.parametrize("arguments", [("check", "bomb"), ("check", "hello", "--json"), ("prompt", "hello"), ("models",)])
-    def test_reader_that_went_away(self, arguments: tuple[str, ...]) -> None:
-        reading, writing = os.pipe()
-        os.close(reading)
-        process = start("-c", FAKE, *arguments, stdout=writing)
-        os.close(writing)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 2
-        assert b"Traceback" not in err
-
-    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk to write to")
-    @pytest.mark.parametrize("arguments", [("check", "bomb"), ("check", "hello", "--json"), ("--version",)])
-    def test_full_disk(self, arguments: tuple[str, ...]) -> None:
-        with open("/dev/full", "wb") as full:  # noqa: PTH123
-            process = start("-c", FAKE, *arguments, stdout=full)
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 2
-        assert b"edgeguard: error: " in err
-        assert b"Traceback" not in err
-
-    @pytest.mark.skipif(os.name == "nt", reason="needs a shell that can close standard output")
-    def test_closed_stdout(self) -> None:
-        process = start("-c", "import os, sys; os.close(1); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
-                        "-c", FAKE, "check", "bomb")
-        _, err = process.communicate(timeout=60)
-        assert process.returncode == 2
-        assert b"edgeguard: error: " in err
-
-    @pytest.mark.parametrize("broken", ["tokenizers", "numpy", "typer", "rich"])
-    def test_broken_dependency_does_not_read_as_unsafe(self, tmp_path: Path, broken: str) -> None:
-        (tmp_path / f"{broken}.py").write_text("raise ImportError('broken')")
-        process = start("-m", "edgeguard", "check", "hello", path=str(tmp_path), stdout=subprocess.PIPE)
-        out, err = process.communicate(timeout=60)
-        assert (process.returncode, out) == (2, b"")
-        assert b"edgeguard: error: " in err
-
-    def test_console_that_cannot_print_unicode(self) -> None:
-        process = start("-X", "utf8=0", "-c", f"import os; os.environ['PYTHONIOENCODING'] = 'ascii'; {FAKE}", "check", "bomb",
-                        stdout=subprocess.PIPE)
-        out, _ = process.communicate(timeout=60)
-        assert process.returncode == 1
-        assert b"UNSAFE" in out

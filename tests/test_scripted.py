@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from vocabularies import write_smollm
@@ -79,7 +77,7 @@ def test_run_is_honoured_and_older_nodes_stay() -> None:
     with pytest.raises(CancelledError):
         backend.extend([(root, [2])], run)
     with pytest.raises(DeadlineError):
-        backend.open([1], Run.within(-1))
+        backend.open([1], Run.within(0))
     assert backend.passes == 1
     assert backend.extend([(root, [2])], Run())
 
@@ -126,7 +124,8 @@ def test_answering_says_what_the_script_says(tokenizer: JsonTokenizer, answer: s
         seen.clear()
 
 
-@pytest.mark.parametrize("answer", ["", "Safe", "unsafe", "unsafe\n", "unsafe\nS12", "unsafe\nS1, S2", "unsafe\nS1,S1", "safe\nS1", "maybe\nS1"])
+@pytest.mark.parametrize("answer", ["", "Safe", "unsafe", "unsafe\n", "unsafe\nS12", "unsafe\nS1, S2", "unsafe\nS1,S1",
+                                    "safe\nS1", "maybe\nS1"])
 def test_answering_takes_answers_only(tokenizer: JsonTokenizer, answer: str) -> None:
     profile = profiles.get("edgeguard-mini")
     answers = Answers.build(profile, [category.code for category in profile.policy.categories], tokenizer)

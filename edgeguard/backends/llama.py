@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from edgeguard.backends.base import BackendInfo, Node, Run
-from edgeguard.backends.llama_native import SEQUENCES, Batch, Session, choose_device, devices, library
+from edgeguard.backends.llama_native import LANES, SEQUENCES, Batch, Session, blocks, choose_device, devices, library
 from edgeguard.errors import ContextLengthError, InferenceError, ModelMismatchError
 from edgeguard.gguf_check import check_gguf
 from edgeguard.machine import default_threads
@@ -30,6 +30,18 @@ class _CacheFullError(InferenceError):
 
 
 @dataclass(eq=False)
+class _Cells:
+    """Sequences that share cells and leave the cache together, so that whole blocks become free."""
+
+    sequences: list[int]
+    parent: _Cells | None
+    users: int
+    """Nodes of these sequences, and children in the cache."""
+    count: int
+    """How many cells the sequences added."""
+
+
+@dataclass(eq=False)
 class _Kept:
     """What the backend knows of a node."""
 
@@ -37,6 +49,7 @@ class _Kept:
     """The node's own tokens; enough to evaluate it again."""
     sequence: int | None
     """Its sequence id, or None while it is not in the cache."""
+    cells: _Cells
     used: int
     """When it was last needed, by the backend's count of passes."""
 
@@ -46,7 +59,7 @@ def merged(entries: Sequence[Entry], sequences: Sequence[int]) -> Batch:
     batch = Batch()
     places: dict[tuple[int, int], int] = {}
     for (parent, ids), sequence in zip(entries, sequences, strict=True):
-        at, start = -1 - id(parent), 0 if parent is None else parent.length
+        at, start, before = -1 - id(parent), 0 if parent is None else parent.length, len(batch.tokens)
         for position, token in enumerate(ids, start):
             key = (at, int(token))
             if key not in places:
@@ -54,6 +67,8 @@ def merged(entries: Sequence[Entry], sequences: Sequence[int]) -> Batch:
             at = places[key]
             batch.owners[at].append(sequence)
         batch.ends.append(at)
+        if before < len(batch.tokens):
+            batch.runs.append((sequence, batch.positions[before], len(batch.tokens) - before))
     return batch
 
 
@@ -115,7 +130,7 @@ class LlamaBackend:
                     else:  # one entry always fits into an empty cache
                         for node in list(self._nodes.values()):
                             self._drop(node)
-                        nodes += self._evaluate(part, run)
+                        nodes += self._evaluate(part, run, aligned=False)
         except BaseException:
             for node in nodes:
                 self._drop(node)
@@ -133,59 +148,62 @@ class LlamaBackend:
 
     def _fits(self, entries: Sequence[Entry]) -> bool:
         """One pass can hold them all, if need be with nothing else in the cache."""
-        path = {id(node): node for parent, _ in entries for node in _ancestry(parent)}
+        path = {id(_kept(node).cells): _kept(node).cells for parent, _ in entries for node in _ancestry(parent)}
         parents = {id(parent) for parent, _ in entries if parent is not None}
-        cells = sum(len(_kept(node).ids) for node in path.values()) + len(merged(entries, range(len(entries))).tokens)
+        cells = sum(held.count for held in path.values()) + merged(entries, range(len(entries))).cells
         return cells <= self._session.cells and len(entries) + len(parents) <= SEQUENCES
 
-    def _evaluate(self, entries: Sequence[Entry], run: Run) -> list[Node]:
+    def _evaluate(self, entries: Sequence[Entry], run: Run, aligned: bool = True) -> list[Node]:
         """One forward pass; raises `_CacheFullError` when it is too large."""
-        if not self._fits(entries):
+        if aligned and not self._fits(entries):
             raise _CacheFullError
         self._passes += 1
         parents = {id(parent): parent for parent, _ in entries if parent is not None}
         for parent in parents.values():
-            self._recall(parent, parents, run)
-        return self._forward(entries, parents, run)
+            self._recall(parent, parents, run, aligned)
+        return self._forward(entries, parents, run, aligned)
 
-    def _forward(self, entries: Sequence[Entry], needed: dict[int, Node], run: Run) -> list[Node]:
+    def _forward(self, entries: Sequence[Entry], needed: dict[int, Node], run: Run, aligned: bool) -> list[Node]:
         sequences: list[int] = []
         try:
-            for parent, _ in entries:
+            while len(sequences) < len(entries):
                 sequences.append(self._sequence(needed))
-                if parent is not None:
-                    self._session.copy(_resident(parent), sequences[-1])
             batch = merged(entries, sequences)
+            while aligned and not self._session.lay_out(batch):
+                self._make_room(needed)
+            for (parent, _), sequence in zip(entries, sequences, strict=True):
+                if parent is not None:
+                    self._session.copy(_resident(parent), sequence)
             while not self._session.decode(batch, run):
                 self._make_room(needed)
             rows = [self._session.logits(end) for end in batch.ends]
         except BaseException:
-            for sequence in sequences:
-                self._release(sequence)
+            self._release(sequences)
             raise
+        cells = _shared(entries, sequences, batch)
         nodes = []
         for (parent, ids), sequence, row in zip(entries, sequences, rows, strict=True):
-            kept = _Kept(tuple(map(int, ids)), sequence, self._passes)
+            kept = _Kept(tuple(map(int, ids)), sequence, cells[sequence], self._passes)
             node = Node((0 if parent is None else parent.length) + len(ids), row, parent, kept)
             self._nodes[sequence] = node
             nodes.append(node)
         return nodes
 
-    def _recall(self, node: Node, needed: dict[int, Node], run: Run) -> None:
+    def _recall(self, node: Node, needed: dict[int, Node], run: Run, aligned: bool) -> None:
         """See that a node is in the cache; one that left is evaluated again from its nearest ancestor that stayed."""
         kept = _kept(node)
         kept.used = self._passes
         if kept.sequence is not None:
             return
         if node.parent is not None:
-            self._recall(node.parent, needed | {id(node.parent): node.parent}, run)
             needed = needed | {id(node.parent): node.parent}
-        twin = self._forward([(node.parent, kept.ids)], needed, run)[0]
-        kept.sequence = _resident(twin)
-        self._nodes[kept.sequence] = node
+            self._recall(node.parent, needed, run, aligned)
+        twin = _kept(self._forward([(node.parent, kept.ids)], needed, run, aligned)[0])
+        kept.sequence, kept.cells = twin.sequence, twin.cells
+        self._nodes[_resident(node)] = node
 
     def _sequence(self, needed: dict[int, Node]) -> int:
-        if not self._free:
+        while not self._free:
             self._make_room(needed)
         return self._free.pop()
 
@@ -200,12 +218,39 @@ class LlamaBackend:
     def _drop(self, node: Node) -> None:
         kept = _kept(node)
         if kept.sequence is not None and self._nodes.pop(kept.sequence, None) is not None:
-            self._release(kept.sequence)
+            self._let_go(kept.cells)
         kept.sequence = None
 
-    def _release(self, sequence: int) -> None:
-        self._session.forget(sequence)
-        self._free.append(sequence)
+    def _let_go(self, cells: _Cells) -> None:
+        cells.users -= 1
+        if not cells.users:
+            self._release(cells.sequences)
+            if cells.parent is not None:
+                self._let_go(cells.parent)
+
+    def _release(self, sequences: Sequence[int]) -> None:
+        for sequence in sequences:
+            self._session.forget(sequence)
+        self._free += sequences
+
+
+def _shared(entries: Sequence[Entry], sequences: Sequence[int], batch: Batch) -> dict[int, _Cells]:
+    """The cells of each new sequence: entries of one parent with the same first token have them in common."""
+    counts = {owner: blocks(start, length) * LANES for owner, start, length in batch.runs}
+    groups: dict[tuple[int, int], _Cells] = {}
+    found: dict[int, _Cells] = {}
+    for (parent, ids), sequence in zip(entries, sequences, strict=True):
+        key = (id(parent), int(ids[0]))
+        if key not in groups:
+            above = None if parent is None else _kept(parent).cells
+            groups[key] = _Cells([], above, 0, 0)
+            if above is not None:
+                above.users += 1
+        cells = found[sequence] = groups[key]
+        cells.sequences.append(sequence)
+        cells.users += 1
+        cells.count += counts.get(sequence, 0)
+    return found
 
 
 def _kept(node: Node) -> _Kept:

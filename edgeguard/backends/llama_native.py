@@ -27,7 +27,12 @@ CELL_STEP = 256
 """llama.cpp rounds the cache up to this many cells."""
 POLL = 0.005
 """Seconds between two looks at the cancel token."""
-FLASH = 0
+LANES = 16
+"""Most numbers that a CPU adds side by side; see `Session.lay_out`."""
+MARGIN = 512
+"""Cells beyond the longest sequence, for the gaps that `lay_out` leaves."""
+HOLD, SPARE = 2 * SEQUENCES, 2 * SEQUENCES + 1
+"""Sequence ids for cells that are taken while a pass is laid out; `SEQUENCES` + i holds the gaps around sequence i."""
 ALL_LAYERS = 9999
 KV_TYPES = {"f32": 0}
 """ggml type of the cache for a weight type: float32 costs nothing where the weights are float32, else float16 (1) halves it."""
@@ -48,6 +53,13 @@ class Batch:
     """Sequence ids of each token."""
     ends: list[int] = field(default_factory=list)
     """Places whose logits are asked for."""
+    runs: list[tuple[int, int, int]] = field(default_factory=list)
+    """Neighbouring tokens that one entry brought: its sequence id, the position of the first, how many."""
+
+    @property
+    def cells(self) -> int:
+        """Cells that the pass takes with the gaps around its runs."""
+        return sum(blocks(start, length) for _, start, length in self.runs) * LANES
 
     def add(self, token: int, position: int) -> int:
         """A new token, yet without owners; gives its place."""
@@ -55,6 +67,11 @@ class Batch:
         self.positions.append(position)
         self.owners.append([])
         return len(self.tokens) - 1
+
+
+def blocks(start: int, length: int) -> int:
+    """Blocks of LANES positions that a run of tokens touches."""
+    return (start + length - 1) // LANES - start // LANES + 1
 
 
 class Session:
@@ -65,17 +82,17 @@ class Session:
         self._llama, self.threads = llama, threads
         errors.clear()
         model = _load(llama, path, device)
-        self.cells = -(-context // CELL_STEP) * CELL_STEP
+        self.cells = -(-(context + MARGIN) // CELL_STEP) * CELL_STEP
         params = llama.llama_context_default_params()
         params.n_ctx = params.n_batch = self.cells
         params.n_ubatch = min(CHUNK, self.cells)
-        params.n_seq_max = params.n_outputs_max = SEQUENCES
+        params.n_seq_max = params.n_outputs_max = 2 * SEQUENCES + 2
         params.n_threads = params.n_threads_batch = threads
         params.kv_unified = True
         params.type_k = params.type_v = KV_TYPES.get(precision, 1)
         params.offload_kqv = params.op_offload = device is not None
         params.no_perf = True
-        params.flash_attn_type = 0 if precision == "f32" else FLASH  # the fused attention computes in float16
+        params.flash_attn_type = 0  # rounds sums to float16 on CPUs: 0.01 of difference where this has 0.00001
         context_pointer = llama.llama_init_from_model(model, params)
         if not context_pointer:
             llama.llama_model_free(model)
@@ -89,14 +106,55 @@ class Session:
         self._strlen = llama.ggml_abort_callback(ctypes.cast(_libc().strlen, ctypes.c_void_p).value)
         llama.llama_set_abort_callback(context_pointer, self._strlen, ctypes.addressof(self._stop))
         self.close = weakref.finalize(self, _free, llama, (model, context_pointer), self._worker, self._process)
+        # copying cells to other devices is slow, and they add in another order
+        self._filler = self._make_filler() if device is None else None
 
     def copy(self, source: int, target: int) -> None:
         """Give one sequence the cells of another."""
         self._llama.llama_memory_seq_cp(self._memory, source, target, -1, -1)
 
     def forget(self, sequence: int) -> None:
-        """Take a sequence out of the cache."""
+        """Take a sequence and the gaps around its tokens out of the cache."""
         if self.close.alive:
+            self._remove(sequence, SEQUENCES + sequence)
+
+    def lay_out(self, batch: Batch) -> bool:
+        """Take cells so that the next pass puts every token into one that equals its position modulo LANES.
+
+        llama.cpp fills the lowest free cells. A CPU adds up attention in lanes of neighbouring cells, so where a token lies
+        decides how sums are rounded, and quantised activations make large differences of that. With this order a token's
+        result does not depend on what else is in the cache. Gaps are filled with cells that no token looks at, copied from
+        a state: nothing is computed. False when there is no room; then nothing has changed.
+        """
+        if self._filler is None:
+            return True
+        for owner, start, length in batch.runs:
+            lead, end, last = start % LANES, (start + length) % LANES, blocks(start, length) - 1
+            for block in range(last + 1):
+                if not self._llama.llama_state_seq_set_data(self._context, self._filler, len(self._filler), SPARE):
+                    self._remove(SPARE, HOLD, *(SEQUENCES + taken for taken, _, _ in batch.runs))
+                    return False
+                self.copy(SPARE, HOLD)
+                if block == 0 and lead:
+                    self._llama.llama_memory_seq_cp(self._memory, SPARE, SEQUENCES + owner, 0, lead)
+                if block == last and end:
+                    self._llama.llama_memory_seq_cp(self._memory, SPARE, SEQUENCES + owner, end, LANES)
+        self._remove(SPARE, HOLD)
+        return True
+
+    def _make_filler(self) -> Any:  # noqa: ANN401, a ctypes array
+        """State of LANES cells, for `lay_out`."""
+        batch = Batch(owners=[[SPARE]] * LANES, tokens=[0] * LANES, positions=list(range(LANES)))
+        if not self.decode(batch, Run()):
+            raise InferenceError(f"llama.cpp finds no room in an empty cache{told()}.")
+        size = self._llama.llama_state_seq_get_size(self._context, SPARE)
+        state = (ctypes.c_uint8 * size)()
+        self._llama.llama_state_seq_get_data(self._context, state, size, SPARE)
+        self._remove(SPARE)
+        return state
+
+    def _remove(self, *sequences: int) -> None:
+        for sequence in sequences:
             self._llama.llama_memory_seq_rm(self._memory, sequence, -1, -1)
 
     def decode(self, batch: Batch, run: Run) -> bool:
@@ -164,7 +222,7 @@ def _native(llama: Any, batch: Batch) -> tuple[Any, list[NDArray[Any]]]:  # noqa
     counts = np.array([len(owners) for owners in batch.owners], np.int32)
     flat = np.array([sequence for owners in batch.owners for sequence in owners], np.int32)
     wanted = np.zeros(len(batch.tokens), np.int8)
-    wanted[batch.ends] = 1
+    wanted[np.array(batch.ends, np.int64)] = 1
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.uint64)
     pointers = np.uint64(flat.ctypes.data) + starts * np.uint64(flat.itemsize)
     arrays = [np.array(batch.tokens, np.int32), np.array(batch.positions, np.int32), counts, pointers, wanted, flat]

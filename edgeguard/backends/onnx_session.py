@@ -98,7 +98,7 @@ def _granted(ort: Any, model: Path, devices: Sequence[str], options: Any) -> tup
         try:
             with _translated(loading=model):
                 session = ort.InferenceSession(str(model), options, providers=providers)
-        except ModelFileError:
+        except (ModelFileError, ModelMemoryError):
             if device == devices[-1]:
                 raise
             continue

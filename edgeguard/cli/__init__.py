@@ -9,7 +9,9 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from edgeguard.cli.status import ERROR
+from edgeguard.cli.status import ERROR, SAFE, UNSAFE
+
+__all__ = ["ERROR", "SAFE", "UNSAFE", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,12 +9,12 @@ from typing import Annotated, Any
 import typer
 
 from edgeguard import __version__
-from edgeguard.cli.status import ERROR, SAFE, UNSAFE
 from edgeguard.cli.check import check
 from edgeguard.cli.console import write
 from edgeguard.cli.doctor import doctor
 from edgeguard.cli.models import app as models
 from edgeguard.cli.prompt import prompt
+from edgeguard.cli.status import ERROR, SAFE, UNSAFE
 from edgeguard.errors import RuntimeMissingError
 
 app = typer.Typer(
@@ -52,10 +52,9 @@ def root(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Print the help, as an error, when no command is given."""
+    """A command line without a command is an error, though asking for help is none."""
     if context.invoked_subcommand is None:
-        typer.echo(context.get_help(), err=True)
-        raise typer.Exit(ERROR)
+        raise typer.BadParameter("A command is needed: check, prompt, models, doctor, convert or bench.", ctx=context)
 
 
 def _hand_over(context: typer.Context, package: str) -> None:

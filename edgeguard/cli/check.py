@@ -9,9 +9,9 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from edgeguard.cli.status import SAFE, UNSAFE
 from edgeguard.cli.console import bar, facts, line, show, waiting, write_json
 from edgeguard.cli.inputs import MessagesOption, NeutraliseOption, PolicyOption, RoleOption, TextArgument, given
+from edgeguard.cli.status import SAFE, UNSAFE
 from edgeguard.guard import Guard
 from edgeguard.verdict import Verdict
 
@@ -37,7 +37,7 @@ DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, me
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="By default the physical cores that may be used.")]
 
 
-def check(  # noqa: PLR0917, an option each
+def check(
     text: TextArgument = None,
     messages: MessagesOption = None,
     model: ModelOption = None,
@@ -109,10 +109,11 @@ def _facts(verdict: Verdict) -> list[tuple[str, str]]:
     stages = ", ".join(f"{name} {verdict.timings[name]:.0f}" for name in ("tokenize", "prefill", "decode"))
     tokens, model = verdict.tokens, verdict.model
     kept = f", {tokens['prefix']} of them kept from before" if tokens["prefix"] else ""
+    passes = "1 pass" if verdict.passes == 1 else f"{verdict.passes} passes"
     precision = f" {model.precision}" if model.precision else ""
     return [
         ("judged", f"the {verdict.role}'s last turn"),
         ("took", f"{verdict.timings['total']:.0f} ms ({stages})"),
-        ("read", f"{tokens['prompt']} tokens{kept}; {verdict.passes} passes"),
+        ("read", f"{tokens['prompt']} tokens{kept}; {passes}"),
         ("model", f"{model.name}{precision}, {model.backend} ({model.runtime}) on {model.device}"),
     ]

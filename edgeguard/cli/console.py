@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 from rich.console import Console
 from rich.text import Text
@@ -16,6 +16,11 @@ from edgeguard.store import Progress
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 BAR = 24  # characters
+
+
+def terminal(stream: TextIO | None) -> bool:
+    """A person may be looking at it; a closed stream is None."""
+    return stream is not None and stream.isatty()
 
 
 def write(text: str, end: str = "\n") -> None:
@@ -32,7 +37,7 @@ def write_json(value: object) -> None:
 
 def show(lines: Iterable[Text]) -> None:
     """Lines for people: styled on a terminal, plain elsewhere; control characters of names are made harmless."""
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True) if sys.stdout.isatty() else None
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True) if terminal(sys.stdout) else None
     for line in lines:
         if CONTROL.search(line.plain):
             line = Text(CONTROL.sub("\ufffd", line.plain))  # noqa: PLW2901
@@ -44,7 +49,7 @@ def show(lines: Iterable[Text]) -> None:
 
 def warn(messages: Iterable[str]) -> None:
     """Warnings to standard error, one a line."""
-    for message in messages:
+    for message in messages if sys.stderr else ():
         sys.stderr.write(f"edgeguard: warning: {CONTROL.sub(chr(0xFFFD), message)}\n")
 
 
@@ -80,7 +85,7 @@ def size(count: int) -> str:
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """A spinner on a terminal's standard error while something takes its time."""
-    if sys.stderr.isatty():
+    if terminal(sys.stderr):
         with Console(file=sys.stderr).status(what):
             yield
     else:
@@ -90,7 +95,7 @@ def waiting(what: str) -> Iterator[None]:
 @contextmanager
 def progress() -> Iterator[Progress | None]:
     """A bar per file on a terminal's standard error; None elsewhere."""
-    if not sys.stderr.isatty():
+    if not terminal(sys.stderr):
         yield None
         return
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn

@@ -13,8 +13,9 @@ import typer
 from rich.text import Text
 
 from edgeguard import __version__, machine, store
-from edgeguard.cli.status import ERROR
+from edgeguard.backends import llama_native, onnx_session
 from edgeguard.cli.console import facts, line, show, size, waiting, write_json
+from edgeguard.cli.status import ERROR
 from edgeguard.errors import EdgeGuardError
 from edgeguard.guard import Guard
 
@@ -67,15 +68,14 @@ def diagnose(*, probe: bool) -> dict[str, Any]:
 
 
 def devices(backend: str) -> list[str]:
-    """What an installed runtime offers, by its own names; empty when it cannot be loaded."""
+    """What an installed runtime offers, by the names that --device takes; empty when it cannot be loaded."""
     try:
         if backend == "onnx":
             import onnxruntime
 
-            return list(map(str, onnxruntime.get_available_providers()))
-        import llama_cpp
-
-        return ["cpu", "gpu offload"] if llama_cpp.llama_supports_gpu_offload() else ["cpu"]
+            offered = onnxruntime.get_available_providers()
+            return [device for device, provider in onnx_session.PROVIDERS.items() if provider in offered]
+        return ["cpu", *llama_native.devices(llama_native.library())]
     except Exception:  # a broken native library; the probe says what is wrong
         return []
 

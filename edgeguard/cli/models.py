@@ -11,8 +11,8 @@ import typer
 from rich.text import Text
 
 from edgeguard import store
+from edgeguard.cli.console import line, progress, show, size, terminal, warn, write, write_json
 from edgeguard.cli.status import ERROR
-from edgeguard.cli.console import line, progress, show, size, warn, write, write_json
 from edgeguard.store import Artifact, Differences, Entry, Model
 
 app = typer.Typer(help="List, find, verify, fetch and remove models.")
@@ -75,7 +75,7 @@ def remove(
     """Delete an installed model."""
     entry = store.entry(model)
     if not yes and not entry.built_in:
-        if not sys.stdin.isatty():
+        if not terminal(sys.stdin):
             raise typer.BadParameter("There is nobody to ask; say --yes to remove it.")
         typer.confirm(f"Remove {entry.folder} ({size(sum(each.size for each in entry.models))})?", abort=True, err=True)
     write(f"removed {store.remove(model)}")

@@ -11,7 +11,7 @@ import typer
 from edgeguard import profiles
 from edgeguard.answers import Answers
 from edgeguard.cli.check import ModelOption
-from edgeguard.cli.console import warn, write, write_json
+from edgeguard.cli.console import terminal, warn, write, write_json
 from edgeguard.cli.inputs import MessagesOption, NeutraliseOption, PolicyOption, RoleOption, TextArgument, given
 from edgeguard.conversation import Conversation
 from edgeguard.errors import ModelFileError
@@ -21,7 +21,7 @@ from edgeguard.store import Artifact, resolve
 from edgeguard.tokenizer import GgufTokenizer, JsonTokenizer, Tokenizer
 
 
-def prompt(  # noqa: PLR0917, an option each
+def prompt(
     text: TextArgument = None,
     messages: MessagesOption = None,
     profile: Annotated[
@@ -43,7 +43,7 @@ def prompt(  # noqa: PLR0917, an option each
     rendered = render(chosen, Conversation.of(asked, role), own, neutralise=neutralise)
     warn(rendered.warnings)
     if not ids:
-        write(rendered.text + chosen.lead_in, end="\n" if sys.stdout.isatty() else "")
+        write(rendered.text + chosen.lead_in, end="\n" if terminal(sys.stdout) else "")
     elif place := tokenizer or (found and found.tokenizer):
         reader = load_tokenizer(place)
         codes = [category.code for category in (own or chosen.policy).categories]
