@@ -6,4 +6,4 @@ from pathlib import Path
 
 text = Path(__file__).parents[1].joinpath("README.md").read_text(encoding="utf-8")
 blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.DOTALL)
-print(blocks[int(sys.argv[1]) - 1])
+sys.stdout.write(blocks[int(sys.argv[1]) - 1])

@@ -15,7 +15,7 @@ def speed_report(result: dict[str, Any]) -> list[RenderableType]:
     """The steady streams, what they start from, and the reason for each contender that was not measured."""
     threads = result["settings"]["threads"]
     streams = table(f"Milliseconds a verdict: median (quartiles), times as fast as {PEER}",
-                    f"All in one run with {threads} threads: compare within it only.\n{caption(result)}",
+                    f"All in one run, threads: {threads}; compare within it only.\n{caption(result)}",
                     ("steady stream", "harmless", "", "harmful", ""))
     costs = table("A fresh process, and the answers", "", ("", "load", "first", "memory", "judged unsafe", "answers alike"))
     for row in result["rows"]:

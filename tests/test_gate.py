@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from small_model import write_small_model
 
 from edgeguard.convert import gate, guard_graph, probe
 from edgeguard.convert.pipeline import convert
@@ -87,10 +87,11 @@ def test_head_rows_hold_what_is_needed_and_the_likeliest() -> None:
 
 
 @pytest.mark.parametrize(("precision", "damage"), [("fp32", 0.05), ("int8", 1.0), ("int4", 1.0)])
-def test_damaged_weights_fail_and_are_not_kept(tiny_llama: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_damaged_weights_fail_and_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                precision: str, damage: float) -> None:
     """A random model, too: one matrix of each layer loses a part of itself on the way into the artifact."""
-    build = guard_graph.build
+    source, build = write_small_model(tmp_path / "source"), guard_graph.build
+    monkeypatch.setenv("EDGEGUARD_HOME", str(tmp_path / "source" / "home"))
 
     class Damaged:
         def __init__(self, weights: Any) -> None:
@@ -102,5 +103,5 @@ def test_damaged_weights_fail_and_are_not_kept(tiny_llama: Callable[[str], Path]
 
     monkeypatch.setattr(guard_graph, "build", lambda weights, *rest, **options: build(Damaged(weights), *rest, **options))
     with pytest.raises(ConversionError, match=f"{precision} artifact failed the gate"):
-        convert(tiny_llama("plain"), tmp_path / "out", target="onnx", precision=precision)
-    assert not list(tmp_path.iterdir())
+        convert(source, tmp_path / "out", target="onnx", precision=precision, threads=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

@@ -21,7 +21,7 @@ from edgeguard.errors import DeviceError, InferenceError, ModelFileError, ModelM
 
 SEQUENCES = 64
 """Sequences in the cache at once; each costs room for one row of logits."""
-CHUNK = 512
+CHUNK = 256
 """Tokens that llama.cpp computes at once; a longer pass is cut into these."""
 CELL_STEP = 256
 """llama.cpp rounds the cache up to this many cells."""

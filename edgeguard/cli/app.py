@@ -14,6 +14,7 @@ from edgeguard.cli.console import write
 from edgeguard.cli.doctor import doctor
 from edgeguard.cli.models import app as models
 from edgeguard.cli.prompt import prompt
+from edgeguard.cli.serve import serve
 from edgeguard.cli.status import ERROR, SAFE, UNSAFE
 from edgeguard.errors import RuntimeMissingError
 
@@ -29,6 +30,7 @@ app.command()(check)
 app.command()(prompt)
 app.add_typer(models, name="models")
 app.command()(doctor)
+app.command()(serve)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -54,7 +56,7 @@ def root(
 ) -> None:
     """A command line without a command is an error, though asking for help is none."""
     if context.invoked_subcommand is None:
-        raise typer.BadParameter("A command is needed: check, prompt, models, doctor, convert or bench.", ctx=context)
+        raise typer.BadParameter("A command is needed: check, prompt, models, doctor, serve, convert or bench.", ctx=context)
 
 
 def _hand_over(context: typer.Context, package: str) -> None:
