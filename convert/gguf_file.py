@@ -56,7 +56,7 @@ def rope_rows(name: str, shape: Shape) -> NDArray[np.int64] | None:
     if heads is None:
         return None
     rows = np.arange(heads * shape.head_dim, dtype=np.int64)
-    return rows.reshape(heads, 2, shape.head_dim // 2).swapaxes(1, 2).ravel()
+    return np.asarray(rows.reshape(heads, 2, shape.head_dim // 2).swapaxes(1, 2).ravel())
 
 
 def rope_factors(shape: Shape) -> NDArray[np.float32] | None:

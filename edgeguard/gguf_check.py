@@ -213,7 +213,7 @@ class _Reader:
                 raise self.bad(f"the key {key!r} stands there twice")
             kind = self.number("I")
             if kind == ARRAY:
-                values[key], kinds[key] = self.array(key)
+                values[key], kinds[key] = self.listed(key)
             elif kind == STRING:
                 values[key] = self.text(MAX_STRING, f"the value of {key!r}")
             elif kind in SCALARS:
@@ -222,7 +222,7 @@ class _Reader:
                 raise self.bad(f"the value of {key!r} has the unknown type {kind}")
         return values, kinds
 
-    def array(self, key: str) -> tuple[Any, int]:
+    def listed(self, key: str) -> tuple[Any, int]:
         """A list if it is short, else a `GgufArray`; and its element type."""
         kind, count = self.number("I"), self.number("Q")
         if kind != STRING and kind not in SCALARS:

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeguard import machine, profiles, store
+from edgeguard.architecture import Shape
 from edgeguard.backends.base import Backend
 from edgeguard.errors import InputError, ModelMemoryError, ModelMismatchError, RuntimeMissingError
 from edgeguard.profiles import Profile
-from edgeguard.store import Artifact, Model
+from edgeguard.store import Artifact, BareModel, FileRecord, Manifest, Model
 from edgeguard.tokenizer import GgufTokenizer, JsonTokenizer, Tokenizer
 from edgeguard.verdict import ModelIdentity
+from edgeguard.weights import read_json
 
 
 @dataclass(frozen=True)
@@ -188,10 +190,17 @@ def _identity(name: str, sha256: str, profile: Profile, backend: Backend) -> Mod
     return ModelIdentity(name, profile.name, info.precision, sha256, info.name, info.runtime, info.device)
 
 
+def _export(model: BareModel) -> Artifact:
+    """An ordinary ONNX export as if it had a manifest: the whole vocabulary, no prefixes, nothing to be held against."""
+    files = {path.name: FileRecord("", path.stat().st_size) for path in (model.weights, model.tokenizer)}
+    shape = Shape.from_config(read_json(model.folder / "config.json"))
+    return Artifact(model.folder, Manifest(model.name, "onnx", "", "exported", model.weights.name, files, shape))
+
+
 def _onnx(model: Model, device: str, threads: int | None) -> Backend:
     from edgeguard.backends.onnx import OnnxBackend
 
-    return OnnxBackend(model, device=device, threads=threads)
+    return OnnxBackend(model if isinstance(model, Artifact) else _export(model), device=device, threads=threads)
 
 
 def _llama(model: Model, device: str, threads: int | None) -> Backend:

@@ -38,13 +38,10 @@ LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 FIELDS: dict[str, tuple[type, str]] = {
     "text": (str, "a string"), "messages": (list, "a list"), "role": (str, "a string"), "threshold": (float, "a number"),
-    "timeout": (float, "a number"), "verdict_only": (bool, "true or false"),
-}  # fmt: skip
+    "timeout": (float, "a number"), "verdict_only": (bool, "true or false")}
 STATUSES: tuple[tuple[type[EdgeGuardError], int], ...] = ((InputError, 400), (CancelledError, 503), (DeadlineError, 504))
-KINDS = {
-    404: "NotFound", 405: "MethodNotAllowed", 408: "BodyTooSlow", 413: "BodyTooLarge", 415: "ContentType", 421: "WrongHost",
-    429: "QueueFull",
-}  # fmt: skip
+KINDS = {404: "NotFound", 405: "MethodNotAllowed", 408: "BodyTooSlow", 413: "BodyTooLarge", 415: "ContentType", 421: "WrongHost",
+         429: "QueueFull"}
 
 
 def create_app(guard: AsyncGuard, *, max_bytes: int = 1 << 20, queue: int = 16, timeout: float = 60.0,
@@ -72,8 +69,7 @@ def create_app(guard: AsyncGuard, *, max_bytes: int = 1 << 20, queue: int = 16, 
     app = Starlette(
         routes=[Route("/check", _Desk(guard, max_bytes, queue, timeout).answer, methods=["POST"]), Route("/health", health)],
         middleware=[] if hosts is None else [Middleware(_asked_as, hosts)],
-        exception_handlers={HTTPException: refused},
-        lifespan=lifespan,
+        exception_handlers={HTTPException: refused}, lifespan=lifespan,
     )
     app.router.redirect_slashes = False
     return app
@@ -124,10 +120,11 @@ class _Desk:
     async def _judge(self, request: Request, asked: dict[str, Any]) -> Verdict:
         """The verdict, unless the client goes away or the time runs out first: either stops the model's pass."""
         seconds = min(asked.pop("timeout", self._timeout), self._timeout)
-        if seconds < 0:
+        if not seconds >= 0:  # NaN too
             raise InputError("timeout must not be below 0.")
         given = asked.pop("text") if "text" in asked else asked.pop("messages")
-        check, gone = asyncio.ensure_future(self._in_turn(given, **asked)), asyncio.ensure_future(_disconnected(request))
+        check = asyncio.ensure_future(self._in_turn(given, **asked))
+        gone = asyncio.ensure_future(_disconnected(request))
         try:
             await asyncio.wait({check, gone}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
             if check.done():
@@ -153,7 +150,7 @@ def _parse(body: bytearray) -> dict[str, Any]:
     """The fields of a check, those that are null left out; raises `InputError` for all that is not one."""
     try:
         # whole numbers as floats: endless digits would take endless time
-        found = json.loads(body.decode("utf-8"), object_pairs_hook=_once, parse_int=float, parse_constant=_refuse)
+        found = json.loads(body.decode("utf-8"), object_pairs_hook=_once, parse_int=float)
     except (ValueError, RecursionError):
         raise InputError("The body is not JSON in UTF-8, names a field twice, or is nested too deeply.") from None
     if not isinstance(found, dict) or not found.keys() <= FIELDS.keys():
@@ -178,10 +175,6 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(constant)  # NaN and Infinity are not JSON
-
-
 def _asked_as(app: ASGIApp, hosts: Collection[str]) -> ASGIApp:
     async def checked(scope: Scope, receive: Receive, send: Send) -> None:
         asked = app
@@ -195,12 +188,12 @@ def _asked_as(app: ASGIApp, hosts: Collection[str]) -> ASGIApp:
 
 
 def _failure(error: Exception) -> JSONResponse:
-    headers = None
+    status, kind, headers = 500, "InternalError", None
+    message = f"Unexpected {type(error).__name__}; the text was not judged."
     if isinstance(error, HTTPException):
-        status, kind, message, headers = error.status_code, KINDS.get(error.status_code, "HTTPError"), error.detail, error.headers
+        status, message, headers = error.status_code, error.detail, error.headers
+        kind = KINDS.get(status, "HTTPError")
     elif isinstance(error, EdgeGuardError):
         status = next((status for kind, status in STATUSES if isinstance(error, kind)), 500)
         kind, message = type(error).__name__, str(error)
-    else:
-        status, kind, message = 500, "InternalError", f"Unexpected {type(error).__name__}; the text was not judged."
     return JSONResponse({"error": {"type": kind, "message": message}}, status, headers)

@@ -15,10 +15,14 @@ import pytest
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", ORT_DISABLE_TELEMETRY="1")
 
 LLAMA_3_SPECIAL = {0: "begin_of_text", 1: "end_of_text", 6: "start_header_id", 7: "end_header_id", 9: "eot_id"}
+_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "tie_word_embeddings")
 TINY: dict[str, dict[str, Any]] = {
-    "plain": {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4, "tie_word_embeddings": False},
-    "gqa": {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 6, "num_key_value_heads": 2, "tie_word_embeddings": True},
-    "wide": {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2, "tie_word_embeddings": False},
+    name: dict(zip(_SIZES, sizes, strict=True))
+    for name, sizes in {
+        "plain": (64, 128, 4, 4, False),
+        "gqa": (96, 160, 6, 2, True),
+        "wide": (256, 512, 8, 2, False),  # a multiple of 256, as K-quants want it
+    }.items()
 }
 
 

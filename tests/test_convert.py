@@ -26,7 +26,6 @@ from edgeguard.conversation import Conversation
 from edgeguard.convert import pipeline, room
 from edgeguard.convert.gguf_source import GgufWeights
 from edgeguard.convert.pipeline import convert
-from edgeguard.prefix import role_prefixes
 from edgeguard.errors import (
     ConversionError,
     ModelFileError,
@@ -36,6 +35,7 @@ from edgeguard.errors import (
     StoreError,
 )
 from edgeguard.guard import Guard
+from edgeguard.prefix import role_prefixes
 from edgeguard.profiles import get
 from edgeguard.prompt import render
 from edgeguard.store import Artifact, verify

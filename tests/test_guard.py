@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeguard import AsyncGuard, EdgeGuardError, Guard, Policy, Run, Verdict
+from edgeguard.backends.base import Node
 from edgeguard.backends.scripted import ScriptedBackend
 from edgeguard.errors import (
     CancelledError,
@@ -44,7 +46,7 @@ class Slow(ScriptedBackend):
         super().__init__(inner._logits, inner.info.head_ids.tolist())
         self.entered, self.release = threading.Event(), threading.Event()
 
-    def extend(self, entries, run):  # type: ignore[no-untyped-def]
+    def extend(self, entries: Sequence[tuple[Node, Sequence[int]]], run: Run) -> list[Node]:
         self.entered.set()
         while not self.release.wait(0.01):
             run.check()
@@ -206,7 +208,7 @@ def test_policies() -> None:
         Guard.load(backend=Guard.scripted(answer)._backend, policy=["Spoilers"])
 
 
-def test_custom_policy_names_the_categories(llama3_tokenizer, tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_custom_policy_names_the_categories(llama3_tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.onnx").write_text("")
     (tmp_path / "tokenizer.json").write_bytes(llama3_tokenizer.read_bytes())
@@ -217,7 +219,7 @@ def test_custom_policy_names_the_categories(llama3_tokenizer, tmp_path) -> None:
     assert [(c.code, c.name) for c in verdict.categories if c.listed] == [("S2", "Pineapple")]
 
 
-def test_loading_what_is_not_there(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_loading_what_is_not_there() -> None:
     with pytest.raises(ModelNotFoundError):
         Guard.load("no-such-model")
     with pytest.raises(InputError, match="no backend"):

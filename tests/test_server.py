@@ -134,7 +134,7 @@ BAD: list[Any] = [
 
 @pytest.mark.parametrize("body", [json.dumps(body) for body in BAD] + [
     "", "{", '{"text": "a"', '{"text": "a"}}', '{"text": "a", "text": "b"}', '{"text": "a", "threshold": NaN}',
-    '{"text": "a", "timeout": Infinity}', "[" * 200_000, '{"text": "a", "role": ' + "[" * 200_000, "1" * 900_000,
+    '{"text": "a", "timeout": NaN}', "[" * 200_000, '{"text": "a", "role": ' + "[" * 200_000, "1" * 900_000,
     b'{"text": "\xff"}', '{"text": "a"}'.encode("utf-16"), '\ufeff{"text": "a"}', '{"messages": [{"role": "user", "role": "user"}]}',
 ])
 def test_what_is_no_check_is_400(guard: Guard, body: str | bytes) -> None:
@@ -170,7 +170,8 @@ def test_other_ways_in(guard: Guard, method: str, path: str, status: int) -> Non
 
 @pytest.mark.parametrize(("host", "status"), [
     ("localhost", 200), ("LOCALHOST:8080", 200), ("127.0.0.1:1", 200), ("[::1]", 200), ("[::1]:8080", 200), ("", 421),
-    ("evil.example", 421), ("evil.example:8080", 421), ("127.0.0.1.evil.example", 421), ("localhost:8080@evil.example", 421), ("localhost:80:80", 421),
+    ("evil.example", 421), ("evil.example:8080", 421), ("127.0.0.1.evil.example", 421), ("localhost:8080@evil.example", 421),
+    ("localhost:80:80", 421),
     ("::1", 421), ("0.0.0.0", 421), ("127.0.0.1\n", 421),
 ])
 def test_names_that_a_loopback_server_answers_to(guard: Guard, host: str, status: int) -> None:

@@ -29,6 +29,8 @@ POLL = 0.005
 """Seconds between two looks at the cancel token."""
 LANES = 16
 """Most numbers that a CPU adds side by side; see `Session.lay_out`."""
+ROWS = 4
+"""Tokens that kernels take together; what is left over goes another way and is rounded otherwise, so none is left over."""
 MARGIN = 512
 """Cells beyond the longest sequence, for the gaps that `lay_out` leaves."""
 HOLD, SPARE = 2 * SEQUENCES, 2 * SEQUENCES + 1
@@ -144,13 +146,13 @@ class Session:
 
     def _make_filler(self) -> Any:  # noqa: ANN401, a ctypes array
         """State of LANES cells, for `lay_out`."""
-        batch = Batch(owners=[[SPARE]] * LANES, tokens=[0] * LANES, positions=list(range(LANES)))
+        batch = Batch(owners=[[HOLD]] * LANES, tokens=[0] * LANES, positions=list(range(LANES)))
         if not self.decode(batch, Run()):
             raise InferenceError(f"llama.cpp finds no room in an empty cache{told()}.")
-        size = self._llama.llama_state_seq_get_size(self._context, SPARE)
+        size = self._llama.llama_state_seq_get_size(self._context, HOLD)
         state = (ctypes.c_uint8 * size)()
-        self._llama.llama_state_seq_get_data(self._context, state, size, SPARE)
-        self._remove(SPARE)
+        self._llama.llama_state_seq_get_data(self._context, state, size, HOLD)
+        self._remove(HOLD)
         return state
 
     def _remove(self, *sequences: int) -> None:
@@ -177,6 +179,8 @@ class Session:
             self._stop[0] = b"\1"
             wait_for([job])
             raise
+        finally:
+            self._remove(SPARE)
         code = job.result()
         if code == 2:
             run.check()
@@ -189,7 +193,7 @@ class Session:
         pointer = self._llama.llama_get_logits_ith(self._context, place)
         if not pointer:
             raise InferenceError(f"llama.cpp gave no logits{told()}.")
-        row = np.ctypeslib.as_array(pointer, (self._vocab,)).copy()
+        row: FloatArray = np.ctypeslib.as_array(pointer, (self._vocab,)).copy()
         if not np.isfinite(row).all():
             raise InferenceError("The model gave logits that are not finite; its weights are damaged.")
         return row
@@ -218,18 +222,30 @@ def _load(llama: Any, path: Path, device: int | None) -> Any:  # noqa: ANN401, a
 
 
 def _native(llama: Any, batch: Batch) -> tuple[Any, list[NDArray[Any]]]:  # noqa: ANN401, a ctypes structure
-    """llama_batch over NumPy arrays, which have to live as long as it is used."""
-    counts = np.array([len(owners) for owners in batch.owners], np.int32)
-    flat = np.array([sequence for owners in batch.owners for sequence in owners], np.int32)
-    wanted = np.zeros(len(batch.tokens), np.int8)
-    wanted[np.array(batch.ends, np.int64)] = 1
+    """llama_batch over NumPy arrays, which have to live as long as it is used; filled up to whole ROWS with spare tokens."""
+    spare = -len(batch.tokens) % ROWS
+    owners = batch.owners + [[SPARE]] * spare
+    counts = np.array([len(own) for own in owners], np.int32)
+    flat = np.array([sequence for own in owners for sequence in own], np.int32)
     starts = np.concatenate([[0], np.cumsum(counts)[:-1]]).astype(np.uint64)
     pointers = np.uint64(flat.ctypes.data) + starts * np.uint64(flat.itemsize)
-    arrays = [np.array(batch.tokens, np.int32), np.array(batch.positions, np.int32), counts, pointers, wanted, flat]
+    tokens = np.array(batch.tokens + [0] * spare, np.int32)
+    positions = np.array(batch.positions + list(range(spare)), np.int32)
+    arrays = [tokens, positions, counts, pointers, _wanted(len(tokens), batch.ends), flat]
     kinds = dict(llama.llama_batch._fields_)
     names = ("token", "pos", "n_seq_id", "seq_id", "logits")
     fields = {name: ctypes.cast(values.ctypes.data, kinds[name]) for name, values in zip(names, arrays, strict=False)}
-    return llama.llama_batch(n_tokens=len(batch.tokens), **fields), arrays
+    return llama.llama_batch(n_tokens=len(tokens), **fields), arrays
+
+
+def _wanted(tokens: int, ends: Sequence[int]) -> NDArray[np.int8]:
+    """1 for each token whose logits are computed: those asked for, and in each chunk others up to whole ROWS."""
+    wanted = np.zeros(tokens, np.int8)
+    wanted[np.array(ends, np.int64)] = 1
+    for start in range(0, tokens, CHUNK):
+        chunk = wanted[start:start + CHUNK]
+        chunk[np.flatnonzero(chunk == 0)[:-int(chunk.sum()) % ROWS]] = 1
+    return wanted
 
 
 errors: deque[str] = deque(maxlen=4)
