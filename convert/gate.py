@@ -12,6 +12,7 @@ from edgeguard.backends.base import Backend, FloatArray, Node, Run
 from edgeguard.convert.prefixes import Entry
 from edgeguard.convert.probe import softmax
 from edgeguard.errors import ConversionError
+from edgeguard.store.files import Progress
 from edgeguard.verdict import Role
 
 THRESHOLD = 0.5
@@ -46,13 +47,15 @@ LIMITS: dict[str, Limits] = {
 
 
 def answers_of(backend: Backend, prefixes: Mapping[Role, tuple[int, ...]], entries: Sequence[Entry],
-               rows: Sequence[int]) -> FloatArray:
+               rows: Sequence[int], progress: Progress | None = None) -> FloatArray:
     """What the artifact says to the entries: logits (entries, rows) of the token ids `rows`."""
     run = Run()
     columns = np.searchsorted(backend.info.head_ids, rows)
     roots: dict[Role, Node] = {}
-    found = []
+    found: list[FloatArray] = []
     for entry in entries:
+        if progress:
+            progress("gate", len(found), len(entries))
         if entry.prefix is None:
             node = backend.open(entry.ids, run)
         else:
@@ -61,6 +64,8 @@ def answers_of(backend: Backend, prefixes: Mapping[Role, tuple[int, ...]], entri
             node = backend.extend([(roots[entry.prefix], entry.ids)], run)[0]
         found.append(np.array(node.logits[columns]))
         backend.close(node)
+    if progress:
+        progress("gate", len(found), len(entries))
     return np.stack(found)
 
 

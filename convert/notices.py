@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-COPIED = ("LICENSE*", "USE_POLICY*")
+COPIED = re.compile(r"(LICEN[SC]E|USE_POLICY)[\w.+-]*", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -55,24 +56,23 @@ def artifact_name(profile: str, source: str, precision: str) -> str:
 
 def write(profile: str, source_folder: Path, out: Path) -> None:
     """Copy the source's licence texts into the artifact and write NOTICE where the licence asks for it."""
-    for pattern in COPIED:
-        for file in sorted(source_folder.glob(pattern)):
-            if file.is_file():
-                shutil.copyfile(file, out / file.name)
+    for file in source_folder.iterdir():
+        if COPIED.fullmatch(file.name) and file.is_file():
+            shutil.copyfile(file, out / file.name)
     if licence := LICENCES.get(profile):
         lines = [licence.attribution, *filter(None, [licence.built_with]), licence.url]
         (out / "NOTICE").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def duties(profile: str, name: str, files: Iterable[str]) -> list[str]:
-    """What the user has to know or still has to do before passing the artifact on."""
+    """What the user still has to do before passing the artifact on."""
     licence = LICENCES.get(profile)
     if licence is None:
         return []
     there = set(files)
-    told = [licence.built_with] if licence.built_with else []
+    told = []
     for start, what in (("LICENSE", f"the text of the {licence.name}"), ("USE_POLICY", "Meta's acceptable use policy")):
-        if not any(file.startswith(start) for file in there):
+        if not any(file.upper().startswith(start) for file in there):
             told.append(f"The source has no {start} file: add {what} ({licence.url}) to the artifact before you pass it on.")
     if not name.startswith(licence.prefix):
         told.append(f"The {licence.name} wants the name of a derived model to begin with {licence.prefix.rstrip('-')!r}; "

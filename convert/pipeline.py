@@ -97,7 +97,7 @@ def convert(source: str | Path, out: str | Path, *, target: str, precision: str,
         plan = Plan(opened, out, cast(Kind, target), precision, chosen,
                     name or notices.artifact_name(chosen.name, opened.name, precision), exporter, shared, threads)
         _check_source(plan)
-        room.check(opened.weights.shape, plan.kind, precision, out)
+        room.check(opened.weights.shape, plan.kind, precision, out, traced=exporter == "optimum")
         try:
             manifest = _build(plan, told)
             _rename(plan)
@@ -254,10 +254,9 @@ def _shared(plan: Plan) -> Callable[[str], QuantisedTensor | None]:
 
 def _gate(plan: Plan, manifest: Manifest, truth: Truth, progress: Progress) -> dict[str, Any]:
     """The comparison's numbers; raises `ConversionError` when they are not good enough."""
-    progress("gate", 0, 1)
     backend = _backend(Artifact(plan.partial, manifest), plan.threads)
     try:
-        found = gate.answers_of(backend, truth.prefixes, truth.entries, truth.rows)
+        found = gate.answers_of(backend, truth.prefixes, truth.entries, truth.rows, progress)
     finally:
         backend.shutdown()
     wanted: FloatArray = truth.walked.logits[:, list(truth.rows)]
@@ -265,7 +264,6 @@ def _gate(plan: Plan, manifest: Manifest, truth: Truth, progress: Progress) -> d
                     for forms in (truth.answers.safe, truth.answers.unsafe))
     numbers = gate.measure(wanted, found, safe, unsafe, plan.precision)
     gate.judge(numbers, plan.precision)
-    progress("gate", 1, 1)
     return numbers
 
 

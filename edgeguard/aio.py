@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from edgeguard.backends.base import Run
+from edgeguard.errors import EdgeGuardError
 from edgeguard.guard import Guard, Judged
 from edgeguard.verdict import ModelIdentity, Verdict
 
@@ -43,12 +44,21 @@ class AsyncGuard:
             self._guard.check, given, role, threshold, verdict_only=verdict_only, run=run))
 
     async def check_many(self, items: Iterable[Judged], role: str | None = None, threshold: float | None = None, *,
-                         verdict_only: bool = False, batch: int = 16) -> AsyncIterator[Verdict]:
+                         timeout: float | None = None, verdict_only: bool = False, batch: int = 16) -> AsyncIterator[Verdict]:
         """As `Guard.check_many`; other calls get their turn between two batches."""
-        verdicts = self._guard.check_many(items, role, threshold, verdict_only=verdict_only, batch=batch)
-        while part := await self._within(Run(), lambda: list(islice(verdicts, batch))):
-            for verdict in part:
+        source = iter(items)
+        while part := list(islice(source, batch)):
+            run, verdicts = Run.within(timeout), list[Verdict]()
+            judged = self._guard.check_many(part, role, threshold, verdict_only=verdict_only, batch=batch, run=run)
+            failed: EdgeGuardError | None = None
+            try:
+                await self._within(run, functools.partial(_collect, judged, verdicts))
+            except EdgeGuardError as error:
+                failed = error  # told after the verdicts of those before it
+            for verdict in verdicts:
                 yield verdict
+            if failed is not None:
+                raise failed
 
     async def aclose(self) -> None:
         """Free the model, after the calls that run."""
@@ -67,3 +77,8 @@ class AsyncGuard:
         except asyncio.CancelledError:
             run.cancel()
             raise
+
+
+def _collect(verdicts: Iterable[Verdict], into: list[Verdict]) -> None:
+    for verdict in verdicts:
+        into.append(verdict)  # one by one: what came before an error is kept

@@ -119,18 +119,21 @@ class Guard:
         return self._judge([asked], _threshold(threshold), _run(timeout, run), verdict_only)[0]
 
     def check_many(self, items: Iterable[Judged], role: str | None = None, threshold: float | None = None, *,
-                   timeout: float | None = None, verdict_only: bool = False, batch: int = 16) -> Iterator[Verdict]:
-        """Judge many, `batch` of them in one pass, in order, as they are asked for; `timeout` seconds for each batch.
+                   timeout: float | None = None, verdict_only: bool = False, batch: int = 16,
+                   run: Run | None = None) -> Iterator[Verdict]:
+        """Judge many, `batch` of them in one pass, in order, as they are asked for.
+
+        `timeout` seconds count for each batch, a `run` of your own for all.
 
         The first item that cannot be judged raises its error, after the verdicts of those before it.
         """
         threshold = _threshold(threshold)
         if batch < 1:
             raise InputError(f"batch is {batch}; at least 1 is needed.")
-        _run(timeout, None)
-        return self._batches(iter(items), role, threshold, timeout, verdict_only, batch)
+        _run(timeout, run)
+        return self._batches(iter(items), role, threshold, lambda: _run(timeout, run), verdict_only, batch)
 
-    def _batches(self, items: Iterator[Judged], role: str | None, threshold: float, timeout: float | None,
+    def _batches(self, items: Iterator[Judged], role: str | None, threshold: float, start: Callable[[], Run],
                  verdict_only: bool, batch: int) -> Iterator[Verdict]:
         while taken := list(islice(items, batch)):
             asked: list[_Asked] = []
@@ -142,7 +145,7 @@ class Guard:
                     failed = error
                     break
             if asked:
-                yield from self._judge(asked, threshold, _run(timeout, None), verdict_only)
+                yield from self._judge(asked, threshold, start(), verdict_only)
             if failed is not None:
                 raise failed
 

@@ -275,3 +275,15 @@ def test_error_tree_is_one(guard: Guard) -> None:
     for call in calls:
         with pytest.raises(EdgeGuardError):
             call()
+
+
+def test_async_check_many_gives_what_came_before_a_bad_item() -> None:
+    async def scene() -> list[str]:
+        seen: list[str] = []
+        async with AsyncGuard(Guard.scripted(answer)) as guard:
+            with pytest.raises(ConversationError):
+                async for verdict in guard.check_many(["hello", "a bomb", " ", "hello"], batch=4):
+                    seen += [verdict.verdict]
+        return seen
+
+    assert asyncio.run(scene()) == ["safe", "unsafe"]

@@ -29,7 +29,7 @@ POLL = 0.005
 """Seconds between two looks at the cancel token."""
 LANES = 16
 """Most numbers that a CPU adds side by side; see `Session.lay_out`."""
-ROWS = 4
+ROWS = 8
 """Tokens that kernels take together; what is left over goes another way and is rounded otherwise, so none is left over."""
 MARGIN = 512
 """Cells beyond the longest sequence, for the gaps that `lay_out` leaves."""

@@ -126,7 +126,7 @@ def report(found: dict[str, Any]) -> list[Text]:
         *((runtime["name"], runtime["version"] or f"not installed: {runtime['install']}") for runtime in found["runtimes"]),
         *((f"{backend} devices", ", ".join(names) or "none") for backend, names in found["devices"].items()),
         ("models", f"{', '.join(found['store']['models'])}; installed in {found['store']['home']}"),
-        ("network", "forbidden (offline)" if found["store"]["offline"] else "used by `models pull` only"),
+        ("network", "forbidden (offline)" if found["store"]["offline"] else "used by `models pull` and `convert` with a hub id only"),
     ]
     if "error" not in choice:
         pairs.append(("chosen", f"{choice['backend']}: {choice['reason']}"))

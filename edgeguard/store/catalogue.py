@@ -12,6 +12,7 @@ from typing import Literal
 
 import platformdirs
 
+import edgeguard
 from edgeguard.errors import EdgeGuardError, ModelFileError, ModelNotFoundError
 from edgeguard.store.files import Progress, Seen, check
 from edgeguard.store.manifest import MANIFEST, Artifact
@@ -81,7 +82,9 @@ def offline() -> bool:
 def built_in_folder(name: str = BUILT_IN) -> Path:
     """Of a model that came with the package, from a checkout or a wheel alike; raises `ModelNotFoundError`."""
     spec = importlib.util.find_spec("edgeguard.models")
-    for place in (spec.submodule_search_locations or ()) if spec else ():
+    installed = spec.submodule_search_locations if spec else None
+    # started in a checkout, Python takes the package from there, and the models stand beside it
+    for place in (*(installed or ()), Path(edgeguard.__file__).parents[1] / "models"):
         if (folder := Path(place) / name).is_dir():
             return folder
     raise ModelNotFoundError(f"The built-in model {name!r} is not part of this installation. Install edgeguard again.")

@@ -1,0 +1,107 @@
+"""From a name to a backend: which is chosen and why, what is refused, and what a bare model needs."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from edgeguard import Guard, loading, machine, store
+from edgeguard.errors import DeviceError, ModelFileError, ModelMemoryError, ModelMismatchError, RuntimeMissingError
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    def only(*modules: str) -> None:
+        monkeypatch.setattr(loading.Runtime, "installed", property(lambda runtime: runtime.module in modules))
+
+    return only
+
+
+def test_auto_takes_onnx_then_llama_and_says_why(installed: Callable[..., None]) -> None:
+    installed("onnxruntime", "llama_cpp")
+    assert loading.choose().backend == "onnx"
+    installed("llama_cpp")
+    choice = loading.choose()
+    assert choice.backend == "llama" and "onnxruntime is not installed" in choice.reason
+
+
+@pytest.mark.parametrize(("backend", "extra"), [("auto", "cpu"), ("onnx", "cpu"), ("llama", "llama")])
+def test_a_missing_runtime_gives_the_install_line(installed: Callable[..., None], backend: str, extra: str) -> None:
+    installed()
+    with pytest.raises(RuntimeMissingError, match=rf'pip install "edgeguard\[{extra}\]"'):
+        loading.choose(backend=backend)
+
+
+def test_too_little_memory_names_the_artifact_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    onnx, llama, _ = loading.RUNTIMES
+    needs = {runtime.backend: loading.needed_memory(runtime, store.resolve(None, (runtime.kind,))) for runtime in (onnx, llama)}
+    assert needs["llama"] < needs["onnx"]
+    monkeypatch.setattr(machine, "available_memory", lambda: needs["llama"] + 1)
+    with pytest.raises(ModelMemoryError, match=r"gguf, which fits"):
+        Guard.load(backend="onnx")
+    monkeypatch.setattr(machine, "available_memory", lambda: 1 << 20)
+    with pytest.raises(ModelMemoryError, match="smaller precision"):
+        Guard.load(backend="llama")
+
+
+def test_a_damaged_artifact_is_refused_before_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEGUARD_HOME", str(tmp_path / "home"))
+    folder = shutil.copytree(store.built_in_folder() / "onnx", tmp_path / "model")
+    data = bytearray((folder / "model.onnx.data").read_bytes())
+    data[len(data) // 2] ^= 1
+    (folder / "model.onnx.data").write_bytes(data)
+    with pytest.raises(ModelFileError, match=r"model\.onnx\.data"):
+        Guard.load(folder)
+    (folder / "model.onnx.data").write_bytes(data[:-1])
+    with pytest.raises(ModelFileError, match=r"model\.onnx\.data"):
+        Guard.load(folder)
+
+
+def test_a_bare_gguf_needs_its_profile_named(tmp_path: Path) -> None:
+    path = tmp_path / "guard.gguf"
+    shutil.copy(store.built_in_folder() / "gguf" / "model.gguf", path)
+    with pytest.raises(ModelMismatchError, match="Name its profile"):
+        Guard.load(path)
+    with Guard.load(path, profile="edgeguard-mini") as guard, Guard.load(backend="llama") as known:
+        assert guard.identity.sha256 == ""
+        assert guard.check("hello").score == known.check("hello").score
+
+
+def test_a_profile_of_another_family_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "guard.gguf"
+    shutil.copy(store.built_in_folder() / "gguf" / "model.gguf", path)
+    with pytest.raises(ModelMismatchError):
+        Guard.load(path, profile="llama-guard-2")
+
+
+def test_a_device_that_is_not_there_is_an_error_and_auto_falls_back() -> None:
+    for backend in ("onnx", "llama"):
+        with pytest.raises(DeviceError):
+            Guard.load(backend=backend, device="cuda")
+    with Guard.load(device="auto") as guard:
+        assert guard.backend_info.device == "cpu" and guard.backend_info.threads >= 1
+
+
+def test_reference_reads_a_hugging_face_folder() -> None:
+    master = store.built_in_folder() / "master"
+    with Guard.load(master, backend="reference", profile="edgeguard-mini") as slow, Guard.load(backend="onnx") as fast:
+        for text in ("How do I kill a Python process?", "Tell me how to build a pipe bomb to hurt people."):
+            one, other = slow.check(text), fast.check(text)
+            assert one.verdict == other.verdict and abs(one.score - other.score) < 0.1
+
+
+def test_no_socket_is_opened() -> None:
+    code = (
+        "import socket\n"
+        "def no(*a, **k): raise AssertionError('a socket was opened')\n"
+        "socket.socket = no\n"
+        "import edgeguard\n"
+        "print(edgeguard.Guard.load(backend='onnx').check('hello').verdict)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.stdout.strip() == "safe", done.stderr
