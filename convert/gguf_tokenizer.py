@@ -82,7 +82,7 @@ def from_json(data: Mapping[str, Any], size: int) -> Vocabulary:
     return Vocabulary(
         model="llama" if pieces else "gpt2", pre=pre, tokens=tokens, types=types,
         merges=[] if pieces else [f"{left} {right}" for left, right in pairs],
-        scores=_scores(tokens, pairs) if pieces else [],
+        scores=_scores(tokens, types, pairs) if pieces else [],
         special={name: ids[found[0]] for name, known in SPECIAL.items()
                  if (found := [token for token in known if token in ids and types[ids[token]] in (CONTROL, UNKNOWN)])},
         space_prefix=pieces and _prepends(data),
@@ -174,12 +174,19 @@ def _tokens(data: Mapping[str, Any], size: int, pieces: bool) -> tuple[list[str]
     return tokens, types
 
 
-def _scores(tokens: Sequence[str], pairs: Sequence[Sequence[str]]) -> list[float]:
-    """SentencePiece merges the pair whose piece scores highest: the earlier a piece is merged, the higher."""
+def _scores(tokens: Sequence[str], types: Sequence[int], pairs: Sequence[Sequence[str]]) -> list[float]:
+    """SentencePiece merges the pair whose piece scores highest: the earlier a piece is merged, the higher.
+
+    It merges whatever makes a piece; a vocabulary that holds a piece without its merges cannot be written.
+    """
     rank: dict[str, int] = {}
     for left, right in pairs:
         rank.setdefault(left + right, len(rank))
-    return [-float(rank.get(token, len(rank))) if token in rank else 0.0 for token in tokens]
+    ordinary = {token for token, kind in zip(tokens, types, strict=True) if kind == NORMAL}
+    for token in ordinary - rank.keys():
+        if any(token[:cut] in ordinary and token[cut:] in ordinary for cut in range(1, len(token))):
+            raise ConversionError(f"tokenizer.json holds the piece {token!r} but no merge that makes it; SentencePiece would make it.")
+    return [-float(rank.get(token, 0)) for token in tokens]
 
 
 def _pairs(vocab: Mapping[str, int], types: Sequence[int], scores: Sequence[float]) -> list[list[str]]:
