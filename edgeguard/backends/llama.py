@@ -127,10 +127,8 @@ class LlamaBackend:
                     half = len(part) // 2
                     if half:
                         waiting += [part[half:], part[:half]]
-                    else:  # one entry always fits into an empty cache
-                        for node in list(self._nodes.values()):
-                            self._drop(node)
-                        nodes += self._evaluate(part, run, aligned=False)
+                    else:
+                        nodes += self._evaluate_alone(part, run)
         except BaseException:
             for node in nodes:
                 self._drop(node)
@@ -148,28 +146,38 @@ class LlamaBackend:
 
     def _fits(self, entries: Sequence[Entry]) -> bool:
         """One pass can hold them all, if need be with nothing else in the cache."""
-        path = {id(_kept(node).cells): _kept(node).cells for parent, _ in entries for node in _ancestry(parent)}
-        parents = {id(parent) for parent, _ in entries if parent is not None}
-        cells = sum(held.count for held in path.values()) + merged(entries, range(len(entries))).cells
-        return cells <= self._session.cells and len(entries) + len(parents) <= SEQUENCES
+        above = {id(cells): cells for parent, _ in entries for cells in _path(parent)}
+        count = sum(cells.count for cells in above.values()) + merged(entries, range(len(entries))).cells
+        sequences = sum(len(cells.sequences) for cells in above.values()) + len(entries)
+        return count <= self._session.cells and sequences <= SEQUENCES
 
-    def _evaluate(self, entries: Sequence[Entry], run: Run, aligned: bool = True) -> list[Node]:
+    def _evaluate(self, entries: Sequence[Entry], run: Run) -> list[Node]:
         """One forward pass; raises `_CacheFullError` when it is too large."""
-        if aligned and not self._fits(entries):
+        if not self._fits(entries):
             raise _CacheFullError
         self._passes += 1
         parents = {id(parent): parent for parent, _ in entries if parent is not None}
         for parent in parents.values():
-            self._recall(parent, parents, run, aligned)
-        return self._forward(entries, parents, run, aligned)
+            self._recall(parent, parents, run)
+        return self._forward(entries, parents, run)
 
-    def _forward(self, entries: Sequence[Entry], needed: dict[int, Node], run: Run, aligned: bool) -> list[Node]:
+    def _evaluate_alone(self, entries: Sequence[Entry], run: Run) -> list[Node]:
+        """A pass for one entry in an empty cache, its ancestors joined into one run: what the context allows fits."""
+        for node in list(self._nodes.values()):
+            self._drop(node)
+        (parent, _), = entries
+        if parent is not None:
+            path = [token for node in reversed(_ancestry(parent)) for token in _kept(node).ids]
+            self._put_back(parent, self._forward([(None, path)], {}, run)[0])
+        return self._forward(entries, {id(parent): parent} if parent else {}, run)
+
+    def _forward(self, entries: Sequence[Entry], needed: dict[int, Node], run: Run) -> list[Node]:
         sequences: list[int] = []
         try:
             while len(sequences) < len(entries):
                 sequences.append(self._sequence(needed))
             batch = merged(entries, sequences)
-            while aligned and not self._session.lay_out(batch):
+            while not self._session.lay_out(batch):
                 self._make_room(needed)
             for (parent, _), sequence in zip(entries, sequences, strict=True):
                 if parent is not None:
@@ -189,7 +197,7 @@ class LlamaBackend:
             nodes.append(node)
         return nodes
 
-    def _recall(self, node: Node, needed: dict[int, Node], run: Run, aligned: bool) -> None:
+    def _recall(self, node: Node, needed: dict[int, Node], run: Run) -> None:
         """See that a node is in the cache; one that left is evaluated again from its nearest ancestor that stayed."""
         kept = _kept(node)
         kept.used = self._passes
@@ -197,9 +205,13 @@ class LlamaBackend:
             return
         if node.parent is not None:
             needed = needed | {id(node.parent): node.parent}
-            self._recall(node.parent, needed, run, aligned)
-        twin = _kept(self._forward([(node.parent, kept.ids)], needed, run, aligned)[0])
-        kept.sequence, kept.cells = twin.sequence, twin.cells
+            self._recall(node.parent, needed, run)
+        self._put_back(node, self._forward([(node.parent, kept.ids)], needed, run)[0])
+
+    def _put_back(self, node: Node, twin: Node) -> None:
+        """Give a node that had left the cache the sequence of one that was evaluated in its place."""
+        kept, new = _kept(node), _kept(twin)
+        kept.sequence, kept.cells = new.sequence, new.cells
         self._nodes[_resident(node)] = node
 
     def _sequence(self, needed: dict[int, Node]) -> int:
@@ -273,4 +285,20 @@ def _ancestry(node: Node | None) -> list[Node]:
     while node is not None:
         found.append(node)
         node = node.parent
+    return found
+
+
+def _path(node: Node | None) -> list[_Cells]:
+    """What a node and its ancestors take in the cache, or will take when they come back."""
+    found = []
+    for above in _ancestry(node):
+        kept = _kept(above)
+        if kept.sequence is not None:
+            held: _Cells | None = kept.cells
+            while held is not None:
+                found.append(held)
+                held = held.parent
+            break
+        count = blocks(above.length - len(kept.ids), len(kept.ids)) * LANES
+        found.append(_Cells([0], None, 1, count))
     return found

@@ -128,6 +128,7 @@ class Session:
         result does not depend on what else is in the cache. Gaps are filled with cells that no token looks at, copied from
         a state: nothing is computed. False when there is no room; then nothing has changed.
         """
+        self._check_alive()
         if self._filler is None:
             return True
         for owner, start, length in batch.runs:
@@ -155,6 +156,10 @@ class Session:
         self._remove(HOLD)
         return state
 
+    def _check_alive(self) -> None:
+        if not self.close.alive or os.getpid() != self._process:
+            raise InferenceError("The model was shut down, or this process was forked after it was loaded. Load it again.")
+
     def _remove(self, *sequences: int) -> None:
         for sequence in sequences:
             self._llama.llama_memory_seq_rm(self._memory, sequence, -1, -1)
@@ -165,8 +170,7 @@ class Session:
         Waits in this thread while a worker computes, so that a cancel token, a deadline and Ctrl-C are all seen.
         """
         run.check()
-        if not self.close.alive or os.getpid() != self._process:
-            raise InferenceError("The model was shut down, or this process was forked after it was loaded. Load it again.")
+        self._check_alive()
         errors.clear()
         native, _arrays = _native(self._llama, batch)
         self._stop[0] = b"\0"
