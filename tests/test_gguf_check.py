@@ -43,15 +43,16 @@ def value_bytes(value: Any) -> bytes:
     return struct.pack("<I", kind) + (text(value) if kind == 8 else struct.pack("<" + FORMATS[kind], value))
 
 
-def build(metadata: dict[str, Any] | None = None, tensors: list[Any] = TENSORS, version: int = 3, extra: bytes = b"", keys: int = 0) -> bytes:
+def build(metadata: dict[str, Any] | None = None, tensors: list[Any] = TENSORS, version: int = 3, extra: bytes = b"",
+          keys: int = 0) -> bytes:
     """A GGUF file by hand; tensors are (name, sizes innermost first, type, bytes) and an optional offset."""
     entries = {**METADATA, **(metadata or {})}
     entries = {key: value for key, value in entries.items() if value is not None}
     head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(entries) + keys)
     head += b"".join(text(key) + value_bytes(value) for key, value in entries.items()) + extra
     offset, data = 0, b""
-    for name, sizes, kind, nbytes, *given in tensors:
-        head += text(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, kind, given[0] if given else offset)
+    for name, sizes, kind, nbytes, *place in tensors:
+        head += text(name) + struct.pack(f"<I{len(sizes)}QIQ", len(sizes), *sizes, kind, place[0] if place else offset)
         data += bytes(-(-nbytes // 32) * 32)
         offset = len(data)
     return head + bytes(-len(head) % 32) + data

@@ -19,6 +19,9 @@ from edgeguard.errors import ContextLengthError, InferenceError, ModelMismatchEr
 from edgeguard.gguf_check import check_gguf
 from edgeguard.machine import default_threads
 
+SHORT = 8
+"""Tokens of a branch of an answer; longer entries are texts."""
+
 Entry = tuple[Node | None, Sequence[int]]
 
 
@@ -55,21 +58,36 @@ class _Kept:
 
 
 def merged(entries: Sequence[Entry], sequences: Sequence[int]) -> Batch:
-    """The entries' tokens, what entries of one parent have in common at their beginnings only once; each sequence in order."""
+    """The entries' tokens, what entries of one parent have in common at their beginnings only once; each sequence in order.
+
+    An entry of more than SHORT tokens leaves another one only between blocks of LANES positions: inside of one, its sums
+    would be rounded otherwise than when it is alone.
+    """
     batch = Batch()
     places: dict[tuple[int, int], int] = {}
     for (parent, ids), sequence in zip(entries, sequences, strict=True):
         at, start, before = -1 - id(parent), 0 if parent is None else parent.length, len(batch.tokens)
-        for position, token in enumerate(ids, start):
-            key = (at, int(token))
-            if key not in places:
-                places[key] = batch.add(int(token), position)
-            at = places[key]
+        common = _known(places, at, ids)
+        if SHORT < len(ids) != common:
+            common = max(0, (start + common) // LANES * LANES - start)
+        for index, token in enumerate(map(int, ids)):
+            place = places[at, token] if index < common else batch.add(token, start + index)
+            places.setdefault((at, token), place)
+            at = place
             batch.owners[at].append(sequence)
         batch.ends.append(at)
         if before < len(batch.tokens):
             batch.runs.append((sequence, batch.positions[before], len(batch.tokens) - before))
     return batch
+
+
+def _known(places: dict[tuple[int, int], int], at: int, ids: Sequence[int]) -> int:
+    """How many tokens of an entry stand in the batch already."""
+    for count, token in enumerate(ids):
+        if (at, int(token)) not in places:
+            return count
+        at = places[at, int(token)]
+    return len(ids)
 
 
 class LlamaBackend:

@@ -7,6 +7,7 @@ import os
 import sys
 import weakref
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, field
@@ -125,8 +126,9 @@ class Session:
 
         llama.cpp fills the lowest free cells. A CPU adds up attention in lanes of neighbouring cells, so where a token lies
         decides how sums are rounded, and quantised activations make large differences of that. With this order a token's
-        result does not depend on what else is in the cache. Gaps are filled with cells that no token looks at, copied from
-        a state: nothing is computed. False when there is no room; then nothing has changed.
+        result does not depend on what else is in the cache, as long as it lies behind its ancestors, which only an older
+        root that was closed before them can change. Gaps are filled with cells that no token looks at, copied from a state:
+        nothing is computed. False when there is no room; then nothing has changed.
         """
         self._check_alive()
         if self._filler is None:
