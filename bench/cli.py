@@ -20,7 +20,8 @@ from edgeguard.errors import InputError
 from edgeguard.guard import Guard
 from edgeguard.verdict import Verdict
 
-app = typer.Typer(help="Measure speed and quality on this machine.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(help="Measure speed and quality on this machine.", add_completion=False,
+                  context_settings={"help_option_names": ["-h", "--help"]})
 
 File = Annotated[Path, typer.Argument(help="Labelled rows, .jsonl or .jsonl.gz.", show_default=False)]
 Profile = Annotated[str | None, typer.Option(help="Which guard model it is, for files that do not say it.")]
@@ -28,6 +29,13 @@ Threshold = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Unsafe 
 Limit = Annotated[int | None, typer.Option(min=1, help="Judge this many rows, drawn at random.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of all that is random.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the JSON line here, not to standard output.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(context: typer.Context) -> None:
+    """Measure speed and quality on this machine."""
+    if context.invoked_subcommand is None:
+        raise typer.BadParameter("A command is needed: speed, accuracy or agreement.", ctx=context)
 
 
 @app.command()

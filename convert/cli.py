@@ -6,14 +6,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.text import Text
 
-from edgeguard.cli.console import facts, show, size, warn, write_json
+from edgeguard.cli.console import CONTROL, facts, show, size, terminal, warn, write_json
 from edgeguard.convert import notices
 from edgeguard.convert.pipeline import PRECISIONS, convert
+from edgeguard.loading import MAX_THREADS
 from edgeguard.profiles import NAMES
 from edgeguard.store import Manifest
 from edgeguard.store.files import Progress
@@ -27,7 +28,7 @@ CHOICES = "; ".join(f"{target}: {', '.join(precisions)}" for target, precisions 
 SHARED = "Quantise so that ONNX int8 and GGUF q8_0 (or int4 and q4_0) hold the very same weights."
 
 
-@app.command()
+@app.command(context_settings={"help_option_names": ["-h", "--help"]})
 def main(
     source: Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, or a .gguf file.", show_default=False)],
     *,
@@ -40,7 +41,7 @@ def main(
     exporter: Annotated[str, typer.Option(help="guard, or optimum (ONNX fp32 from a folder).")] = "guard",
     shared: Annotated[bool, typer.Option("--shared", help=SHARED)] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is there.")] = False,
-    threads: Annotated[int | None, typer.Option(min=1, help="If not the machine's choice.", show_default=False)] = None,
+    threads: Annotated[int | None, typer.Option(min=1, max=MAX_THREADS, help="If not the machine's choice.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON, on one line.")] = False,
 ) -> None:
     """Convert a guard model to ONNX or GGUF, hold it against its source, and say the numbers."""
@@ -76,9 +77,9 @@ def summary(made: Manifest, out: Path) -> list[Text]:
 
 @contextmanager
 def stages() -> Iterator[Progress | None]:
-    """A bar for each stage on a terminal's standard error; None elsewhere."""
-    if not sys.stderr.isatty():
-        yield None
+    """A bar for each stage on a terminal's standard error, elsewhere a line; None without a standard error."""
+    if not terminal(sys.stderr):
+        yield plain_stages(sys.stderr) if sys.stderr else None
         return
     from rich.console import Console
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
@@ -90,7 +91,25 @@ def stages() -> Iterator[Progress | None]:
 
         def report(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(STAGES.get(stage, f"hash of {stage}").replace("[", "("), total=total)
+                tasks[stage] = bars.add_task(named(stage).replace("[", "("), total=total)
             bars.update(tasks[stage], completed=done, total=total)
 
         yield report
+
+
+def named(stage: str) -> str:
+    """A stage for people."""
+    return STAGES.get(stage, f"hash of {stage}")
+
+
+def plain_stages(stream: TextIO) -> Progress:
+    """One line when a stage begins."""
+    begun: set[str] = set()
+
+    def report(stage: str, _done: int, _total: int) -> None:
+        if stage not in begun:
+            begun.add(stage)
+            stream.write(f"edgeguard: {CONTROL.sub(chr(0xFFFD), named(stage))}\n")
+            stream.flush()
+
+    return report

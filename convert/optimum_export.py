@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from edgeguard.errors import ConversionError, RuntimeMissingError
+from edgeguard.machine import no_telemetry
 from edgeguard.store.files import Progress
 
 TASK = "text-generation-with-past"
@@ -23,6 +24,7 @@ def export(source: Path, out: Path, progress: Progress | None = None) -> dict[st
     The whole model is in memory meanwhile. Raises `RuntimeMissingError`, `ConversionError`.
     """
     try:
+        no_telemetry()  # optimum imports ONNX Runtime
         from optimum.exporters.onnx import main_export
     except ImportError:
         raise RuntimeMissingError("optimum-onnx", "optimum") from None

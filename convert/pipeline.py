@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,7 @@ from edgeguard.prefix import role_prefixes
 from edgeguard.profiles import Profile
 from edgeguard.profiles import get as get_profile
 from edgeguard.store import Artifact, Kind, Manifest, PrefixRecord, home, records
+from edgeguard.store.catalogue import NAME
 from edgeguard.store.files import Progress, locked
 from edgeguard.store.manifest import MANIFEST
 from edgeguard.tokenizer import JsonTokenizer
@@ -90,12 +92,16 @@ def convert(source: str | Path, out: str | Path, *, target: str, precision: str,
     out = Path(out)
     told = progress or (lambda _stage, _done, _total: None)
     _check_choice(target, precision, exporter, shared)
-    with locked(_lock(out), timeout=0):
+    if out.name in ("", ".."):
+        raise ConversionError("--out must be the path of a new folder; an empty one, '.' and '..' are none.")
+    if name is not None and not NAME.fullmatch(name):
+        raise ConversionError(f"{name[:80]!r} is not a name: letters, digits, '.', '_' and '-' make one, 128 at most.")
+    with locked(_lock(out), timeout=0, what=str(out)):
         _check_target(out, force)
         opened = open_source(source, None if tokenizer is None else Path(tokenizer), told)
         chosen = get_profile(profile)
         plan = Plan(opened, out, cast(Kind, target), precision, chosen,
-                    name or notices.artifact_name(chosen.name, opened.name, precision), exporter, shared, threads)
+                    name or _default_name(chosen, opened, precision), exporter, shared, threads)
         _check_source(plan)
         room.check(opened.weights.shape, plan.kind, precision, out, traced=exporter == "optimum")
         try:
@@ -109,6 +115,12 @@ def convert(source: str | Path, out: str | Path, *, target: str, precision: str,
         except OSError as error:
             raise StoreError(f"{plan.partial} could not be written: {error.strerror or error}.") from error
     return manifest
+
+
+def _default_name(profile: Profile, source: Source, precision: str) -> str:
+    """From the source's, in the characters that a name may have."""
+    name = notices.artifact_name(profile.name, source.name, precision)
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).lstrip("._-")[:128]
 
 
 def _check_choice(target: str, precision: str, exporter: str, shared: bool) -> None:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeguard.errors import ModelFileError, ModelMismatchError, ModelNotFoundError
-from edgeguard.store import Model, pull, resolve, sha256
+from edgeguard.store import Model, locate, pull, resolve, sha256
 from edgeguard.store.catalogue import HUB_ID
 from edgeguard.store.files import Progress
 from edgeguard.weights import SafetensorsWeights, Weights
 
+READS = "the path of a Hugging Face folder or of a .gguf file, the name of an installed model, or a hub id (ORG/NAME)"
 WANTED = ("*.safetensors", "config.json", "tokenizer.json", "LICENSE*", "USE_POLICY*")
 
 
@@ -83,11 +84,11 @@ def check_vocabulary(weights: Weights, tokens: int) -> None:
 
 def _find(given: str | Path, progress: Progress | None) -> Model:
     try:
-        return resolve(given, ("hf", "gguf"))
+        locate(given)
     except ModelNotFoundError:
         if not _is_hub_id(given):
-            raise
-    pull(str(given), progress=progress, include=WANTED)
+            raise ModelNotFoundError(f"There is no {str(given)[:80]!r} to convert. Give {READS}.") from None
+        pull(str(given), progress=progress, include=WANTED)
     return resolve(given, ("hf", "gguf"))
 
 

@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from edgeguard.backends.base import Run
-from edgeguard.errors import EdgeGuardError
+from edgeguard.errors import EdgeGuardError, InferenceError
 from edgeguard.guard import Guard, Judged
 from edgeguard.verdict import ModelIdentity, Verdict
 
@@ -25,6 +25,7 @@ class AsyncGuard:
         """Takes over `guard`, which is closed with this object."""
         self._guard = guard
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="edgeguard")
+        self._runs, self._closed = list[Run](), False
 
     @classmethod
     async def load(cls, *args: Any, **options: Any) -> AsyncGuard:  # noqa: ANN401  passed on as they are
@@ -61,9 +62,15 @@ class AsyncGuard:
                 raise failed
 
     async def aclose(self) -> None:
-        """Free the model, after the calls that run."""
-        self._pool.shutdown(wait=False)
-        await asyncio.to_thread(self._guard.close)
+        """Cancel the calls that run or wait, then free the model; closing twice is allowed."""
+        self._closed = True
+        for run in self._runs:
+            run.cancel()
+        await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        self._pool.shutdown()
+        self._guard.close()
 
     async def __aenter__(self) -> AsyncGuard:
         return self
@@ -72,13 +79,18 @@ class AsyncGuard:
         await self.aclose()
 
     async def _within(self, run: Run, call: Callable[[], T]) -> T:
+        if self._closed:
+            raise InferenceError("This guard is closed; load it again.")
+        self._runs.append(run)
         try:
             return await asyncio.get_running_loop().run_in_executor(self._pool, call)
         except asyncio.CancelledError:
             run.cancel()
             raise
+        finally:
+            self._runs.remove(run)
 
 
 def _collect(verdicts: Iterable[Verdict], into: list[Verdict]) -> None:
     for verdict in verdicts:
-        into.append(verdict)  # one by one: what came before an error is kept
+        into.append(verdict)  # noqa: PERF402  one by one: what came before an error is kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -50,10 +51,14 @@ class Conversation:
         return cls(messages, judged)
 
 
+def _visible(character: str) -> bool:
+    return not character.isspace() and unicodedata.category(character) not in ("Cc", "Cf")
+
+
 def _role(name: object, where: str) -> Role:
     role = ROLES.get(name.lower()) if isinstance(name, str) else None
-    if role is None:
-        raise ConversationError(f"{where}: unknown role {name!r}; use one of {', '.join(ROLES)}.")
+    if role is None:  # what was given is not repeated: it may be the text, in the wrong field
+        raise ConversationError(f"{where}: the role is none of {', '.join(ROLES)}.")
     return role
 
 
@@ -63,12 +68,14 @@ def _message(item: object, where: str) -> Message:
     elif isinstance(item, Mapping):
         if missing := {"role", "content"} - item.keys():
             raise ConversationError(f"{where} lacks {' and '.join(sorted(missing))}.")
+        if len(item) > 2:
+            raise ConversationError(f"{where} has fields besides role and content; what they hold would not be judged. Leave them out.")
         role, content = item["role"], item["content"]
     else:
         raise ConversationError(f"{where} is {type(item).__name__}; a mapping with role and content is needed.")
     if not isinstance(content, str):
         raise ConversationError(f"{where}: the content is {type(content).__name__}, only text can be judged.")
-    if not content.strip():
+    if not any(map(_visible, content)):
         raise ConversationError(f"{where} is empty or blank; there is nothing to judge.")
     try:
         content.encode("utf-8")

@@ -71,11 +71,12 @@ class ModelMemoryError(ModelError, MemoryError):
 
 
 class RuntimeMissingError(EdgeGuardError, ImportError):
-    """An optional package is missing: `what` needs the extra `extra`."""
+    """An optional package is missing or cannot be loaded: `what` needs the extra `extra`."""
 
-    def __init__(self, what: str, extra: str) -> None:
+    def __init__(self, what: str, extra: str, reason: str = "") -> None:
         self.what, self.extra = what, extra
-        super().__init__(f'{what} is not installed. Install it with: pip install "edgeguard[{extra}]"')
+        state = f"cannot be loaded ({reason}); is there enough memory? Else install it again" if reason else "is not installed. Install it"
+        super().__init__(f'{what} {state} with: pip install "edgeguard[{extra}]"')
 
 
 class DeviceError(EdgeGuardError, RuntimeError):

@@ -128,8 +128,10 @@ class Guard:
         The first item that cannot be judged raises its error, after the verdicts of those before it.
         """
         threshold = _threshold(threshold)
-        if batch < 1:
-            raise InputError(f"batch is {batch}; at least 1 is needed.")
+        if not isinstance(batch, int) or batch < 1:
+            raise InputError(f"batch is {batch!r}; a whole number from 1 on is needed.")
+        if isinstance(items, (str, bytes, Mapping)) or not isinstance(items, Iterable):
+            raise InputError(f"check_many takes a list or iterator of texts or conversations, not {type(items).__name__}.")
         _run(timeout, run)
         return self._batches(iter(items), role, threshold, lambda: _run(timeout, run), verdict_only, batch)
 
@@ -155,7 +157,9 @@ class Guard:
             self.check("Hello.", role, verdict_only=True)
 
     def close(self) -> None:
-        """Free the model; closing twice is allowed."""
+        """Free the model; closing twice is allowed, and after a fork it leaves the parent's model alone."""
+        if os.getpid() != self._process:
+            return
         with self._lock:
             if not self._closed:
                 self._closed = True
@@ -265,6 +269,6 @@ def _threshold(given: float | None) -> float:
 
 
 def _run(timeout: float | None, run: Run | None) -> Run:
-    if run is not None and timeout is not None:
-        raise InputError("Give timeout or run, not both.")
+    if run is not None and (timeout is not None or not isinstance(run, Run)):
+        raise InputError("Give timeout in seconds, or run as a Run, not both.")
     return run or Run.within(timeout)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgeguard import machine, profiles, store
 from edgeguard.architecture import Shape
 from edgeguard.backends.base import Backend
-from edgeguard.errors import InputError, ModelMemoryError, ModelMismatchError, RuntimeMissingError
+from edgeguard.errors import EdgeGuardError, InputError, ModelMemoryError, ModelMismatchError, RuntimeMissingError
+from edgeguard.gguf_check import check_gguf
 from edgeguard.profiles import Profile
 from edgeguard.store import Artifact, BareModel, FileRecord, Manifest, Model
 from edgeguard.tokenizer import GgufTokenizer, JsonTokenizer, Tokenizer
 from edgeguard.verdict import ModelIdentity
 from edgeguard.weights import read_json
+
+MAX_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,8 @@ def _named(model: str | Path | None, backend: str) -> Choice:
 def load_parts(model: str | Path | None = None, *, backend: str | Backend = "auto", device: str = "auto",
                threads: int | None = None, profile: str | None = None) -> Parts:
     """Load everything that a guard is made of; `Guard.load` tells the arguments and errors."""
-    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
-        raise InputError(f"threads is {threads!r}; a whole number from 1 on is needed.")
+    if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= MAX_THREADS):
+        raise InputError(f"threads is {repr(threads)[:40]}; a whole number from 1 to {MAX_THREADS} is needed.")
     if not isinstance(backend, str):
         return _given(model, backend, profile)
     choice = choose(model, backend)
@@ -139,14 +143,17 @@ def _profile(model: Model, asked: str | None) -> Profile:
         raise ModelMismatchError(
             f"{model.name} does not say which guard model it is. Name its profile: one of {', '.join(profiles.NAMES)}."
         )
-    chosen = profiles.get(asked or recorded or "")
+    chosen = profiles.get(asked if asked is not None else recorded or "")
     if recorded is not None and chosen != profiles.get(recorded):
         raise ModelMismatchError(f"{model.name} was converted for the profile {recorded!r}, not {chosen.name!r}.")
     return chosen
 
 
 def _tokenizer(path: Path) -> Tokenizer:
-    return GgufTokenizer.load(path) if path.suffix == ".gguf" else JsonTokenizer.load(path)
+    if path.suffix != ".gguf":
+        return JsonTokenizer.load(path)
+    check_gguf(path)  # llama.cpp only says that it failed, or fails worse
+    return GgufTokenizer.load(path)
 
 
 def needed_memory(runtime: Runtime, model: Model) -> int:
@@ -162,20 +169,31 @@ def _check_memory(choice: Choice) -> None:
     smaller = _smaller(choice.model, free)
     advice = f"Use {smaller}, which fits." if smaller else "Convert it to a smaller precision (int4, q4_k_m), or free memory."
     raise ModelMemoryError(
-        f"{choice.model.name} needs about {needed / 2**30:.1f} GiB with the backend {choice.backend}; "
-        f"{free / 2**30:.1f} GiB of memory are free. {advice}"
+        f"{choice.model.name} needs about {_gib(needed)} of memory with the backend {choice.backend}; "
+        f"{_gib(free)} are free. {advice}"
     )
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count < 1 << 44 else "more than 16,000 GiB"
 
 
 def _smaller(model: Model, free: int) -> Path | None:
     """The largest artifact beside this one that fits and whose runtime is installed."""
     fitting = [
         (each.size, each.folder)
-        for each in store.scan(model.folder.parent)
-        if isinstance(each, Artifact) and any(
-            runtime.kind == each.kind and runtime.installed and needed_memory(runtime, each) <= free for runtime in RUNTIMES)
+        for each in _beside(model)
+        if any(runtime.kind == each.kind and runtime.installed and needed_memory(runtime, each) <= free for runtime in RUNTIMES)
     ]
     return max(fitting)[1] if fitting else None
+
+
+def _beside(model: Model) -> Iterator[Artifact]:
+    """Artifacts in the same folder; those that cannot be read are no help, and no reason to say something else."""
+    with suppress(OSError):
+        for folder in model.folder.resolve().parent.iterdir():
+            with suppress(EdgeGuardError, OSError):
+                yield Artifact.read(folder)
 
 
 def _weights_hash(model: Model) -> str:

@@ -103,6 +103,11 @@ def _fields(text: str) -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in pairs}
 
 
+def no_telemetry() -> None:
+    """Keep ONNX Runtime from writing a device id and asking for its collector; works only before it is first imported."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+
+
 @dataclass(frozen=True)
 class Threads:
     """How many threads a backend gets, and what decided it."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeguard import strict_json
 from edgeguard.errors import PolicyError
 
 if TYPE_CHECKING:
@@ -169,10 +169,27 @@ def _read(path: Path) -> object:
 
     try:
         text = data.decode("utf-8-sig")
-        return json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+        return strict_json.loads(text) if path.suffix.lower() == ".json" else _yaml(text)
+    except strict_json.DuplicateKeyError as error:
+        raise PolicyError(f"The policy file {path}: {error}, so it is not clear which one is meant.") from None
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         # PyYAML lets several of these through for a wrong explicit tag
         raise PolicyError(f"The policy file {path} is not valid UTF-8 YAML or JSON: {error}") from error
+
+
+def _yaml(text: str) -> object:
+    """PyYAML's plain values, with each key of a mapping once; PyYAML itself would take the last."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:  # noqa: ANN401, PyYAML's own types
+            node = super().compose_mapping_node(anchor)
+            keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if len(set(keys)) < len(keys):
+                raise strict_json.DuplicateKeyError(next(key for key in keys if keys.count(key) > 1)[1])
+            return node
+
+    return yaml.load(text, Loader)  # noqa: S506, a SafeLoader
 
 
 def _text(value: object, where: str) -> str:

@@ -32,7 +32,10 @@ from edgeguard.guard import Judged
 from edgeguard.verdict import Verdict
 
 READING = 10.0
-"""Seconds for a body to arrive: it takes a place in the queue meanwhile, so that bodies held are bounded too."""
+"""Seconds for a body to arrive."""
+HELD = 64
+"""Bodies of the largest size that are held while they arrive; they take no place in the queue before they are complete."""
+STOPPING = "The server is stopping; the text was not judged."
 LOOPBACK = frozenset({"localhost", "127.0.0.1", "[::1]"})
 """Names under which a loopback server is asked; a page that rebinds its own name to 127.0.0.1 comes with that name."""
 
@@ -46,7 +49,7 @@ KINDS = {404: "NotFound", 405: "MethodNotAllowed", 408: "BodyTooSlow", 413: "Bod
 
 def create_app(guard: AsyncGuard, *, max_bytes: int = 1 << 20, queue: int = 16, timeout: float = 60.0,
                hosts: Collection[str] | None = LOOPBACK) -> Starlette:
-    """An ASGI application around `guard`, which it closes when it is shut down.
+    """An ASGI application around `guard`, which it closes when it is shut down; `app.state.stop()` ends what still runs, with 503.
 
     `max_bytes` bounds a body, `queue` the checks that wait besides the one that runs, `timeout` the seconds of a check, its
     wait included. `hosts` are the names that a Host header may carry, lower case and without a port; None allows any, for
@@ -61,17 +64,21 @@ def create_app(guard: AsyncGuard, *, max_bytes: int = 1 << 20, queue: int = 16, 
     async def refused(_: Request, error: Exception) -> Response:
         return _failure(error)
 
+    desk = _Desk(guard, max_bytes, queue, timeout)
+
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         async with guard:
             yield
+            desk.stop()
 
     app = Starlette(
-        routes=[Route("/check", _Desk(guard, max_bytes, queue, timeout).answer, methods=["POST"]), Route("/health", health)],
+        routes=[Route("/check", desk.answer, methods=["POST"]), Route("/health", health)],
         middleware=[] if hosts is None else [Middleware(_asked_as, hosts)],
         exception_handlers={HTTPException: refused}, lifespan=lifespan,
     )
     app.router.redirect_slashes = False
+    app.state.stop = desk.stop
     return app
 
 
@@ -80,27 +87,49 @@ class _Desk:
 
     def __init__(self, guard: AsyncGuard, max_bytes: int, queue: int, timeout: float) -> None:
         self._guard, self._max_bytes, self._timeout = guard, max_bytes, timeout
-        self._free = 1 + queue
+        self._free, self._room = 1 + queue, HELD * max_bytes
+        self._work, self._stopped = set[asyncio.Future[Verdict]](), False
         self._turn = asyncio.Lock()  # those who leave while they wait are forgotten at once, text and all
 
     async def answer(self, request: Request) -> Response:
         """The verdict, or what went wrong."""
+        work = asyncio.ensure_future(self._admit(request))
+        self._work.add(work)
         try:
-            return JSONResponse((await self._admit(request)).to_dict())
+            return JSONResponse((await work).to_dict())
+        except asyncio.CancelledError:
+            if not self._stopped:
+                raise
+            return _failure(CancelledError(STOPPING))
         except Exception as error:  # of whatever kind: it must not pass for a verdict, and its text may hold the user's
             return _failure(error)
+        finally:
+            self._work.discard(work)
+
+    def stop(self) -> None:
+        """Judge nothing more; whoever still waits is told so."""
+        self._stopped = True
+        for work in self._work:
+            work.cancel()
 
     async def _admit(self, request: Request) -> Verdict:
         # other content types than this one can be sent by any web page without asking
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise HTTPException(415, "The body must be sent as application/json.")
-        if not self._free:
-            raise HTTPException(429, "The queue is full; ask again later.", {"Retry-After": "1"})
+        self._refuse()
+        body = await self._read(request)
+        self._refuse()  # much may have happened meanwhile
         self._free -= 1
         try:
-            return await self._judge(request, _parse(await self._read(request)))
+            return await self._judge(request, _parse(body))
         finally:
             self._free += 1
+
+    def _refuse(self) -> None:
+        if self._stopped:
+            raise CancelledError(STOPPING)
+        if not self._free or self._room < 0:
+            raise HTTPException(429, "The queue is full; ask again later.", {"Retry-After": "1"})
 
     async def _read(self, request: Request) -> bytearray:
         try:
@@ -111,11 +140,16 @@ class _Desk:
     async def _pieces(self, request: Request) -> bytearray:
         """The body, never more than a piece above the bound."""
         body = bytearray()
-        async for piece in request.stream():
-            body += piece
-            if len(body) > self._max_bytes:
-                raise HTTPException(413, f"The body has more than {self._max_bytes} bytes; judge the text in parts.")
-        return body
+        try:
+            async for piece in request.stream():
+                body += piece
+                self._room -= len(piece)
+                if len(body) > self._max_bytes:
+                    raise HTTPException(413, f"The body has more than {self._max_bytes} bytes; judge the text in parts.")
+                self._refuse()
+            return body
+        finally:
+            self._room += len(body)
 
     async def _judge(self, request: Request, asked: dict[str, Any]) -> Verdict:
         """The verdict, unless the client goes away or the time runs out first: either stops the model's pass."""

@@ -173,8 +173,10 @@ class GgufTokenizer(_Segments):
         path = Path(path)
         try:
             import llama_cpp
-        except ImportError as error:
-            raise RuntimeMissingError("llama-cpp-python", "llama") from error
+        except ModuleNotFoundError as error:
+            raise RuntimeMissingError("llama-cpp-python", "llama", "" if error.name == "llama_cpp" else str(error)) from error
+        except (ImportError, OSError, RuntimeError) as error:  # its native library
+            raise RuntimeMissingError("llama-cpp-python", "llama", str(error)) from error
         if not path.is_file():
             raise ModelFileError(f"There is no file {path}.")
         params = llama_cpp.llama_model_default_params()

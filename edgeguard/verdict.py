@@ -71,6 +71,10 @@ class Verdict:
     model: ModelIdentity
     warnings: tuple[str, ...] = field(default=())
 
+    def __bool__(self) -> bool:
+        """Refused: `if guard.check(text)` would be true for every verdict."""
+        raise TypeError("A verdict is neither true nor false; ask verdict.safe.")
+
     @property
     def safe(self) -> bool:
         """True for `safe`."""

@@ -12,8 +12,13 @@ from edgeguard import Guard
 
 
 def classify(path: Path) -> bool:
-    """Print verdict, score, codes and number of each line that is not blank; True if all are safe."""
+    """Print verdict, score, codes and number of each line that is not blank; True if all are safe.
+
+    Raises ValueError when there is no such line.
+    """
     numbered = [(number, line) for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if line.strip()]
+    if not numbered:
+        raise ValueError(f"{path} holds no text, so nothing was judged.")
     all_safe = True
     with Guard.load() as guard:
         verdicts = guard.check_many(line for _, line in numbered)

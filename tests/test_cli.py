@@ -123,7 +123,8 @@ class TestCheck:
     @pytest.mark.parametrize(("data", "says"), [
         (b"", "not JSON"), (b"{", "line 1"), (b'"bomb"', "list of messages"), (b'{"messages": []}', "list of messages"),
         (b"[]", "no messages"), (b"[" * 200_000, "not JSON"), (b"[\xff]", "offset 1"), (b"[NaN]", "Message 1"),
-        (b'[{"role": "system", "content": "x"}]', "unknown role"),
+        (b'[{"role": "system", "content": "x"}]', "role"),
+        (b'[{"role": "user", "content": "bad", "content": "hello"}]', "'content' is given twice"),
         (b'[{"role": "user", "content": "\\ud800"}]', "surrogate"), (b'[{"role": "user", "content": null}]', "NoneType"),
     ])
     def test_bad_messages_are_errors(self, loaded: list[FakeGuard], tmp_path: Path, capsys: Any, data: bytes, says: str) -> None:
@@ -134,7 +135,8 @@ class TestCheck:
     @pytest.mark.parametrize("arguments", [
         [], ["a", "b"], ["a", "-m", "x.json"], ["-m", "/no/such/file"], ["-m", "/"], ["a", "--threshold", "1.5"],
         ["a", "--threshold", "nan"], ["a", "--threshold", "x"], ["a", "--timeout", "0"], ["a", "--timeout", "nan"],
-        ["a", "--threads", "0"], ["a", "--backend", "gpt"], ["a", "--role", "system"], ["a", "--nope"], ["\udcff"],
+        ["a", "--threads", "0"], ["a", "--threads", "2147483648"], ["a", "--backend", "gpt"], ["a", "--backend", "scripted"],
+        ["a", "--role", "system"], ["a", "--nope"], ["\udcff"],
     ])
     def test_usage_errors(self, loaded: list[FakeGuard], capsys: Any, arguments: list[str]) -> None:
         assert main(["check", *arguments]) == 2
@@ -163,12 +165,18 @@ class TestCheck:
         assert main(["check", "crash"]) == 2
         assert "Traceback" in capsys.readouterr().err
 
-    def test_ctrl_c_is_an_error(self, loaded: list[FakeGuard], monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_ctrl_c_is_an_error(self, loaded: list[FakeGuard], monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
         def interrupt(*given: Any, **options: Any) -> None:
             raise KeyboardInterrupt
 
         monkeypatch.setattr(FakeGuard, "check", interrupt)
         assert main(["check", "hello"]) == 2
+        assert capsys.readouterr().err.strip() == "edgeguard: interrupted; nothing was decided."
+
+    def test_a_blank_profile_is_an_error(self, capsys: Any) -> None:
+        for command in (["check", "hello"], ["prompt", "hello"], ["prompt", "hello", "--model", "mini"]):
+            assert main([*command, "--profile", ""]) == 2
+            assert "no profile ''" in capsys.readouterr().err
 
     def test_no_model_is_an_error(self, capsys: Any) -> None:
         assert main(["check", "hello", "--model", "unknown"]) == 2
@@ -319,10 +327,18 @@ class TestRest:
         assert main(arguments) == 0
         assert "Usage" in capsys.readouterr().out
 
-    @pytest.mark.parametrize("arguments", [[], ["nope"], ["--nope"], ["models", "nope"]])
+    @pytest.mark.parametrize("arguments", [["convert", "-h"], ["bench", "-h"], ["bench", "accuracy", "-h"], ["bench", "--help"]])
+    def test_help_of_optional_parts(self, capsys: Any, arguments: list[str]) -> None:
+        pytest.importorskip("gguf")
+        assert main(arguments) == 0
+        assert "Usage" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("arguments", [[], ["nope"], ["--nope"], ["models", "nope"], ["bench"], ["bench", "nope"]])
     def test_no_command_is_an_error(self, capsys: Any, arguments: list[str]) -> None:
         assert main(arguments) == 2
-        assert capsys.readouterr().out == ""
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("edgeguard: error: ") and not err.startswith("edgeguard: error:  ")
 
     @pytest.mark.parametrize("package", ["convert", "bench"])
     def test_optional_parts_get_their_arguments(self, capsys: Any, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
@@ -333,6 +349,8 @@ class TestRest:
         @part.app.command()  # type: ignore[attr-defined, untyped-decorator]
         def work(source: str, status: int = 0) -> None:
             print("working on", source)  # noqa: T201
+            if status == 9:
+                raise KeyboardInterrupt
             raise typer.Exit(status)
 
         monkeypatch.setitem(sys.modules, f"edgeguard.{package}.cli", part)
@@ -340,6 +358,9 @@ class TestRest:
         assert "working on thing" in capsys.readouterr().out
         assert main([package, "thing", "--status", "1"]) == 2, "1 would read as unsafe"
         assert main([package, "thing", "--nope"]) == 2
+        capsys.readouterr()
+        assert main([package, "thing", "--status", "9"]) == 2
+        assert capsys.readouterr().err.strip() == "edgeguard: interrupted; nothing was decided."
         assert main([package, "--help"]) == 0
 
     @pytest.mark.parametrize("package", ["convert", "bench"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,28 @@ def test_closed_stream(stream: int, status: int) -> None:
     out, err = process.communicate(timeout=60)
     assert process.returncode == status, "without standard output the verdict cannot be told, without standard error it can"
     assert (b"UNSAFE" in out, b"error: " in err) == (status == 1, status == 2)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a system that can close a stream before a program starts")
+@pytest.mark.parametrize("arguments", [("prompt", "hi"), ("--help",), ("--version",), ("models",)])
+def test_nothing_ends_well_without_standard_output(arguments: tuple[str, ...]) -> None:
+    code = "import os, sys; os.close(1); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    process = start("-c", code, "-m", "edgeguard", *arguments)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert b"standard output is closed" in err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
+def test_interrupted_process_says_so() -> None:
+    waiting = "import os, time; FakeGuard.check = lambda *a, **k: (os.write(1, b'on\\n'), time.sleep(60))"
+    code = FAKE.replace("FakeGuard.install()", f"FakeGuard.install(); {waiting}")
+    process = start("-c", code, "check", "hello", stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"on\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.split(b"\n")) == (2, [b"edgeguard: interrupted; nothing was decided.", b""])
 
 
 @pytest.mark.parametrize("broken", ["tokenizers", "numpy", "typer", "rich"])

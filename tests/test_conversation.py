@@ -52,8 +52,9 @@ def test_messages_may_be_records_and_in_a_tuple() -> None:
     assert Conversation.of((Message("user", "a"), Message("assistant", "b"))).role == "assistant"
 
 
-def test_further_keys_of_a_message_do_not_matter() -> None:
-    assert Conversation.of([{"role": "user", "content": "x", "name": "Ada"}]) == Conversation.of("x")
+def test_further_keys_of_a_message_are_refused() -> None:
+    with pytest.raises(ConversationError, match="besides role and content"):
+        Conversation.of([{"role": "user", "content": "x", "tool_calls": ["y"]}])
 
 
 def test_content_is_kept_as_given() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from edgeguard.backends.reference import ReferenceBackend
 from edgeguard.cli import main
 from edgeguard.conversation import Conversation
 from edgeguard.convert import pipeline, room
+from edgeguard.convert.cli import STAGES
 from edgeguard.convert.gguf_source import GgufWeights
 from edgeguard.convert.pipeline import convert
 from edgeguard.errors import (
@@ -39,6 +41,7 @@ from edgeguard.prefix import role_prefixes
 from edgeguard.profiles import get
 from edgeguard.prompt import render
 from edgeguard.store import Artifact, verify
+from edgeguard.store.files import locked
 from edgeguard.tokenizer import JsonTokenizer
 from edgeguard.weights import SafetensorsWeights
 
@@ -201,6 +204,8 @@ def test_command_in_a_process_of_its_own(small: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "verdicts agree" in done.stdout
     assert "\x1b" not in done.stdout + done.stderr  # no bars where there is no terminal
+    for stage in STAGES["reference"], STAGES["graph"], STAGES["gate"]:
+        assert done.stderr.count(f"edgeguard: {stage}\n") == 1
     assert Artifact.read(tmp_path / "made with spaces").name == "Llama-3-small-int8"
     again = subprocess.run(command, capture_output=True, text=True, check=False)
     assert again.returncode == 2
@@ -316,8 +321,9 @@ def test_refused_sources(small: Path, made: Make, tmp_path: Path) -> None:
     (tmp_path / "text.gguf").write_text("hello")
     with pytest.raises(ModelFileError, match="GGUF"):
         attempt(tmp_path / "text.gguf")
-    with pytest.raises(ModelNotFoundError):
-        attempt(tmp_path / "nothing")
+    for nothing in (tmp_path / "nothing", "nothing", ""):
+        with pytest.raises(ModelNotFoundError, match="to convert"):
+            attempt(nothing)
     with pytest.raises(StoreError, match="OFFLINE"):
         attempt("meta-llama/Meta-Llama-Guard-2-8B")
     old = tmp_path / "old.gguf"  # as written before llama.cpp told pre-tokenizers apart
@@ -343,10 +349,23 @@ def test_refused_sources(small: Path, made: Make, tmp_path: Path) -> None:
     ({"target": "gguf", "precision": "f32", "exporter": "optimum"}, "fp32 only"),
     ({"target": "onnx", "precision": "fp32", "shared": True}, "shared"),
     ({"target": "onnx", "precision": "fp32", "exporter": "olive"}, "olive"),
+    *(({"target": "onnx", "precision": "fp32", "name": name}, "not a name") for name in ("../x", "", "a b", "a\n", "x" * 129)),
 ])
 def test_refused_choices(tmp_path: Path, options: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConversionError, match=reason):
         convert(tmp_path, tmp_path / "out", **options)
+
+
+@pytest.mark.parametrize("out", ["", ".", "..", "/"])
+def test_target_must_be_a_folder_of_its_own(tmp_path: Path, out: str) -> None:
+    with pytest.raises(ConversionError, match="new folder"):
+        convert(tmp_path, out, target="onnx", precision="fp32", force=True)
+
+
+def test_target_that_another_process_makes_is_named(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with locked(pipeline._lock(out)), pytest.raises(StoreError, match=re.escape(f"working on {out};")):
+        convert(tmp_path, out, target="onnx", precision="fp32")
 
 
 def test_tokenizer_must_fit(small: Path, tmp_path: Path, llama3_tokenizer: Path) -> None:

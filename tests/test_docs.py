@@ -20,7 +20,7 @@ from xml.etree import ElementTree as ET
 import pytest
 import typer
 
-from edgeguard import Guard, Verdict, errors, profiles
+from edgeguard import Guard, Verdict, errors, profiles, server
 from edgeguard.cli import main
 from edgeguard.cli.app import app
 from edgeguard.convert import gate
@@ -78,8 +78,8 @@ def parse(arguments: Sequence[str]) -> None:
 
 
 def needs_more(arguments: Sequence[str]) -> bool:
-    """The command takes weights, files or a network that are not there."""
-    return arguments[0] in HANDED_OVER or arguments[:2] in (["models", "pull"], ["models", "remove"]) or any(
+    """The command takes weights, files or a network that are not there, or does not end by itself."""
+    return arguments[0] in (*HANDED_OVER, "serve") or arguments[:2] in (["models", "pull"], ["models", "remove"]) or any(
         word.startswith("./") for word in arguments)
 
 
@@ -236,6 +236,19 @@ class TestTables:
         told = self.embedding.split("## The verdict")[1].split("```")[0]
         assert {field.name for field in dataclasses.fields(Verdict)} <= set(re.findall(r"`(\w+)`", told))
 
+    def test_answers_of_the_server(self) -> None:
+        told = dict(re.findall(r"^\| (\d{3}) \| (.*?) \|", self.embedding, re.MULTILINE))
+        named = {int(status): set(re.findall(r"`(\w+)`", types)) for status, types in told.items()}
+        for status, kind in server.KINDS.items():
+            assert named[status] == {kind}
+        for error, status in server.STATUSES:
+            assert error.__name__ in named[status]
+        assert named.keys() == {200, 500, *server.KINDS, *(status for _, status in server.STATUSES)}
+
+    def test_fields_of_a_request(self) -> None:
+        told = self.embedding.split("## Other languages: HTTP")[1].split("| status |")[0]
+        assert set(re.findall(r"^\| `(\w+)` \|", told, re.MULTILINE)) == set(server.FIELDS)
+
     def test_limits_of_the_gate(self) -> None:
         rows = re.findall(r"^\| ([a-z0-9_, ]+) \| (.*) \|$", self.converting.split("<!-- gate limits")[1], re.MULTILINE)
         told = {name: cells.split(" | ") for names, cells in rows[1:] for name in names.split(", ")}
@@ -275,7 +288,9 @@ class TestExamples:
         lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
         assert [(number, verdict) for number, verdict, *_ in lines] == [("1", "safe"), ("3", "unsafe")]
         assert (lines[0][3], bool(lines[1][3])) == ("", True)
-        assert self.run("classify_file.py", "missing.txt", monkeypatch=monkeypatch) == 2
+        (workplace / "empty.txt").write_text("\n \n", "utf-8")
+        for name in ("missing.txt", "empty.txt"):
+            assert self.run("classify_file.py", name, monkeypatch=monkeypatch) == 2, "nothing was judged"
 
     def test_chat_moderation(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
         assert self.run("chat_moderation.py", monkeypatch=monkeypatch) == 0

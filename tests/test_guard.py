@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -78,14 +79,16 @@ def test_role_and_threshold(guard: Guard) -> None:
 
 
 @pytest.mark.parametrize("bad", ["", " \n", None, 7, b"bytes", [], [{"role": "system", "content": "x"}], [{"role": "user"}],
-                                 [{"role": "user", "content": None}], "\ud800", [{"role": "user", "content": "a"}] * 2])
+                                 [{"role": "user", "content": None}], "\ud800", "\u200b\ufeff", "\0",
+                                 [{"role": "user", "content": "a", "name": "b"}], [{"role": "user", "content": "a"}] * 2])
 def test_what_cannot_be_judged_is_an_error(guard: Guard, bad: object) -> None:
     with pytest.raises(ConversationError):
         guard.check(bad)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("option", [{"threshold": float("nan")}, {"threshold": 2}, {"threshold": True}, {"threshold": "0.5"},
-                                    {"timeout": float("nan")}, {"timeout": -1}, {"timeout": "5"}, {"timeout": 1, "run": Run()}])
+                                    {"timeout": float("nan")}, {"timeout": -1}, {"timeout": "5"}, {"timeout": 1, "run": Run()},
+                                    {"run": 5}])
 def test_bad_options_are_errors(guard: Guard, option: dict[str, object]) -> None:
     with pytest.raises(InputError):
         guard.check("hello", **option)  # type: ignore[arg-type]
@@ -117,6 +120,17 @@ def test_check_many_is_lazy_and_fails_at_the_bad_item(guard: Guard) -> None:
         next(verdicts)
     with pytest.raises(InputError):
         guard.check_many([], batch=0)
+
+
+@pytest.mark.parametrize("items", ["abc", b"abc", {"a": 1}, None, 5])
+def test_check_many_refuses_what_is_no_list_of_texts(guard: Guard, items: object) -> None:
+    with pytest.raises(InputError, match="check_many takes"):
+        guard.check_many(items)  # type: ignore[arg-type]
+
+
+def test_a_verdict_has_no_truth_value(guard: Guard) -> None:
+    with pytest.raises(TypeError, match=r"verdict\.safe"):
+        bool(guard.check("hello"))
 
 
 def test_no_node_is_left_open(guard: Guard) -> None:
@@ -201,6 +215,8 @@ def test_use_after_fork_is_an_error(guard: Guard, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("os.getpid", lambda: -1)
     with pytest.raises(InferenceError, match="fork"):
         guard.check("hello")
+    with guard._lock:  # as inherited from a thread of the parent that was in a check
+        guard.close()
 
 
 def test_policies() -> None:
@@ -262,7 +278,8 @@ def test_every_text_ends_in_a_verdict_or_a_typed_error(text: str) -> None:
     try:
         verdict = SHARED.check(text)
     except ConversationError:
-        assert not text.strip() or any("\ud800" <= c <= "\udfff" for c in text)
+        blank = all(c.isspace() or unicodedata.category(c) in ("Cc", "Cf") for c in text)
+        assert blank or any("\ud800" <= c <= "\udfff" for c in text)
     else:
         assert verdict.verdict == ("unsafe" if "bomb" in text else "safe")
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from edgeguard import Guard, loading, machine, store
-from edgeguard.errors import DeviceError, ModelFileError, ModelMemoryError, ModelMismatchError, RuntimeMissingError
+from edgeguard.errors import DeviceError, InputError, ModelFileError, ModelMemoryError, ModelMismatchError, RuntimeMissingError
+from edgeguard.tokenizer import GgufTokenizer
 
 
 @pytest.fixture
@@ -47,6 +48,42 @@ def test_too_little_memory_names_the_artifact_that_fits(monkeypatch: pytest.Monk
     monkeypatch.setattr(machine, "available_memory", lambda: 1 << 20)
     with pytest.raises(ModelMemoryError, match="smaller precision"):
         Guard.load(backend="llama")
+
+
+def test_too_little_memory_is_told_whatever_lies_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("onnx", "gguf"):
+        shutil.copytree(store.built_in_folder() / kind, tmp_path / kind)
+    for name, text in (("broken", "{"), ("strange", '{"format": 7}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(text)
+    monkeypatch.setattr(machine, "available_memory", lambda: 1 << 20)
+    with pytest.raises(ModelMemoryError, match="smaller precision"):
+        Guard.load(tmp_path / "onnx")
+    monkeypatch.setattr(loading, "needed_memory", lambda runtime, model: 10**30 if model.kind == "onnx" else 1)
+    with pytest.raises(ModelMemoryError, match=r"more than 16,000 GiB.*gguf, which fits"):
+        Guard.load(tmp_path / "onnx")
+
+
+@pytest.mark.parametrize("threads", [0, 1025, 2**31, True, 1.0])
+def test_threads_are_bounded(threads: object) -> None:
+    with pytest.raises(InputError, match="1 to 1024"):
+        Guard.load(threads=threads)  # type: ignore[arg-type]
+
+
+def test_a_gguf_that_was_cut_off_is_told_so(tmp_path: Path) -> None:
+    whole = (store.built_in_folder() / "gguf" / "model.gguf").read_bytes()
+    for part in (len(whole) - 64, len(whole) // 8):
+        (tmp_path / "guard.gguf").write_bytes(whole[:part])
+        with pytest.raises(ModelFileError, match=r"cut off|longer than the file"):
+            Guard.load(tmp_path / "guard.gguf", profile="edgeguard-mini")
+
+
+def test_a_native_library_that_does_not_load_is_not_called_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "llama_cpp", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "llama_cpp.py").write_text("raise RuntimeError('libllama.so: cannot open')")
+    with pytest.raises(RuntimeMissingError, match=r"cannot be loaded \(libllama"):
+        GgufTokenizer.load(store.built_in_folder() / "gguf" / "model.gguf")
 
 
 def test_a_damaged_artifact_is_refused_before_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

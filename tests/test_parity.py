@@ -77,7 +77,8 @@ def test_answers_equal_free_greedy_decoding_of_random_models(tiny_llama: Callabl
     for seed, text in enumerate([*messages("harmless", MODELS // 2, 1), *messages("harmful", MODELS // 2, 1)]):
         teach_to_speak(model, seed)
         ids = torch.tensor([tokenizer.encode(render(profile, Conversation.of(text)).segments)])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=28, eos_token_id=END, pad_token_id=END)
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=28,
+                             eos_token_id=END, pad_token_id=END)
         answer = tokenizer.decode([token for token in out[0, ids.shape[1]:].tolist() if token != END])
         if well_formed(answer):
             said.append(answer)

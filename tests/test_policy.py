@@ -214,6 +214,8 @@ def test_codes_of_a_file_are_those_of_the_profile(written: Any) -> None:
         (b"- \x00", "not valid"),
         ("- a" + " " * MAX_BYTES, "larger than"),
         ("&a [*a]", "Category 1 is list"),
+        ("categories: [a]\ncategories: [b]", "'categories' is given twice"),
+        ('- name: a\n  "name": b', "'name' is given twice"),
     ],
     ids=lambda value: repr(value)[:24],
 )
@@ -223,9 +225,17 @@ def test_files_that_make_no_sense(written: Any, text: str | bytes, says: str) ->
 
 
 def test_json_files_are_read_as_json(written: Any) -> None:
-    for text, says in (("- a", "not valid"), ('["\\ud800"]', "surrogate"), ("[" * 100_000, "not valid")):
+    for text, says in (("- a", "not valid"), ('["\\ud800"]', "surrogate"), ("[" * 100_000, "not valid"),
+                       ('{"categories": ["a"], "categories": ["b"]}', "'categories' is given twice")):
         with pytest.raises(PolicyError, match=says):
             Policy.load(written(text, "rules.json"))
+
+
+def test_a_merged_key_is_not_given_twice(written: Any) -> None:
+    text = "categories:\n- &a {name: Spoilers, description: Ends.}\n- &b {<<: *a, name: Gossip}\n- {<<: *b, name: Rumours}"
+    loaded = Policy.load(written(text), profile=LG2)
+    assert [(own.name, own.description) for own in loaded.categories] == [
+        ("Spoilers", "Ends."), ("Gossip", "Ends."), ("Rumours", "Ends.")]
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:

@@ -14,7 +14,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, cast
 
 import httpx
@@ -202,18 +204,85 @@ def test_large_body_is_left_unread(guard: Guard) -> None:
     assert ask(guard, content=body, headers=headers, options={"max_bytes": len(body) - 1}).status_code == 413
 
 
-def test_slow_body_gives_its_place_back(guard: Guard, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "READING", 0.05)
+def slow(asking: Any, begin: bytes = b"{") -> asyncio.Task[Any]:
+    """A request whose body begins and never ends."""
 
-    async def slow() -> AsyncIterator[bytes]:
-        yield b"{"
-        await asyncio.sleep(20)
+    async def body() -> AsyncIterator[bytes]:
+        yield begin
+        await asyncio.sleep(60)
+
+    return asyncio.create_task(asking.post("/check", content=body(), headers={"content-type": "application/json"}))
+
+
+def test_slow_bodies_take_no_place(guard: Guard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "READING", 0.3)
 
     async def scene() -> None:
         async with client(guard, queue=0) as asking:
-            late = await asking.post("/check", content=slow(), headers={"content-type": "application/json"})
-            assert refusal(late) == (408, "BodyTooSlow")
+            late = [slow(asking) for _ in range(300)]
+            await asyncio.sleep(0.05)
             assert (await asking.post("/check", json={"text": "hello"})).status_code == 200
+            assert {refusal(each) for each in await asyncio.gather(*late)} == {(408, "BodyTooSlow")}
+
+    asyncio.run(asyncio.wait_for(scene(), 10))
+
+
+def test_bytes_of_bodies_on_their_way_are_bounded(guard: Guard, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "HELD", 3)
+
+    async def scene() -> None:
+        async with client(guard, max_bytes=100) as asking:
+            late = [slow(asking, b" " * 100) for _ in range(3)]
+            await asyncio.sleep(0.05)
+            assert refusal(await asking.post("/check", json={"text": "hello"})) == (429, "QueueFull")
+            late.pop().cancel()
+            await asyncio.sleep(0.05)
+            assert (await asking.post("/check", json={"text": "hello"})).status_code == 200
+            for each in late:
+                each.cancel()
+
+    asyncio.run(asyncio.wait_for(scene(), 10))
+
+
+def test_queue_that_filled_while_a_body_arrived() -> None:
+    stuck = Stuck()
+
+    async def scene() -> None:
+        async with client(stuck, queue=0) as asking:
+            full = asyncio.Event()
+
+            async def body() -> AsyncIterator[bytes]:
+                yield b'{"text": '
+                await full.wait()
+                yield b'"hello"}'
+
+            late = asyncio.create_task(asking.post("/check", content=body(), headers={"content-type": "application/json"}))
+            await asyncio.sleep(0.05)
+            taken = asyncio.create_task(asking.post("/check", json={"text": "hello"}))
+            await asyncio.to_thread(stuck.entered.wait, 5)
+            full.set()
+            assert refusal(await late) == (429, "QueueFull")
+            stuck.release.set()
+            assert (await taken).status_code == 200
+
+    asyncio.run(asyncio.wait_for(scene(), 10))
+
+
+def test_stop_answers_all_that_wait() -> None:
+    stuck = Stuck()
+
+    async def scene() -> None:
+        app = create_app(AsyncGuard(cast(Guard, stuck)))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url=URL) as asking:
+            waiting = [asyncio.create_task(asking.post("/check", json={"text": "hello"})) for _ in range(2)]
+            await asyncio.to_thread(stuck.entered.wait, 5)
+            waiting.append(slow(asking))
+            await asyncio.sleep(0.05)
+            app.state.stop()
+            assert [refusal(each) for each in await asyncio.gather(*waiting)] == [(503, "CancelledError")] * 3
+            assert await asyncio.to_thread(stuck.stopped.wait, 5)
+            assert refusal(await asking.post("/check", json={"text": "hello"})) == (503, "CancelledError")
+            assert stuck.asked == 1
 
     asyncio.run(asyncio.wait_for(scene(), 10))
 
@@ -364,16 +433,33 @@ def test_address_that_cannot_be_had(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--timeout", "0"]) == 2
 
 
-def process(*options: str) -> subprocess.Popen[str]:
+@pytest.mark.parametrize("options", [
+    {"profile": None, "policy": None, "neutralise": False},
+    {"profile": "llama-guard-2", "policy": Path("mine.yaml"), "neutralise": True},
+])
+def test_command_loads_as_check_does(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: dict[str, Any] = {}
+
+    def load(_: Any, **given: Any) -> Guard:
+        loaded.update(given)
+        raise InputError("Enough.")
+
+    monkeypatch.setattr(Guard, "load", load)
+    line = ["--profile", "llama-guard-2", "--policy", "mine.yaml", "--neutralise"] if options["neutralise"] else []
+    assert main(["serve", "--port", "0", *line]) == 2
+    assert {name: loaded[name] for name in options} == options
+
+
+def process(*options: str, begin: Sequence[str] = ("-m", "edgeguard")) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "edgeguard", "serve", "--port", "0", "--threads", "1", *options]
+    command = [sys.executable, *begin, "serve", "--port", "0", "--threads", "1", *options]
     return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 @contextlib.contextmanager
-def serving(*options: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
+def serving(*options: str, **how: Any) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """The real server and its port; killed in the end if it still runs."""
-    running = process(*options)
+    running = process(*options, **how)
     watch = threading.Timer(90, running.kill)
     watch.start()
     try:
@@ -438,3 +524,34 @@ def test_open_server_warns() -> None:
         _, err = wait_for_stop(running, signal.SIGINT)
         assert running.returncode == 0
         assert "warning: Listening on 0.0.0.0" in err
+
+
+SHORT = """
+import sys, time
+from edgeguard import Guard
+from edgeguard.cli import main, serve
+
+def stuck(guard, *given, run, **options):
+    while True:
+        time.sleep(0.01)
+        run.check()
+
+Guard.warmup, Guard.check, serve.GRACE = lambda guard: None, stuck, 0.3
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs signals")
+def test_stopped_under_load() -> None:
+    with serving("--backend", "onnx", begin=("-c", SHORT)) as (running, port), ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(send, port, b'{"text": "hello"}') for _ in range(3)]
+        time.sleep(0.5)
+        with socket.create_connection(("127.0.0.1", port), 30) as raw:
+            raw.sendall(b"POST /check HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{")
+            time.sleep(0.2)
+            out, err = wait_for_stop(running, signal.SIGTERM)
+            assert (running.returncode, out, err) == (0, "", "")
+            assert raw.recv(100).startswith(b"HTTP/1.1 503")
+        for each in asked:
+            status, content = each.result(5)
+            assert (status, content["error"]["type"]) == (503, "CancelledError")

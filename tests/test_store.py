@@ -63,6 +63,15 @@ class TestManifest:
         ({"files": {"model.onnx": {"sha256": "0" * 64, "size": True}}}, "count"),
         ({"head_ids": [3, 3]}, "ascend"), ({"head_ids": [1.5]}, "count"), ({"head_ids": [100]}, "beyond the vocabulary"),
         ({"shape": {"layers": 1}}, "'shape'"), ({"shape": {**SHAPE.to_dict(), "hidden": 0}}, "hidden is 0"),
+        ({"shape": {**SHAPE.to_dict(), "rope_theta": float("nan")}}, "rope_theta"),
+        ({"shape": {**SHAPE.to_dict(), "rms_eps": 0}}, "rms_eps"),
+        ({"shape": {**SHAPE.to_dict(), "rope_theta": 10**400}}, "rope_theta"),
+        ({"shape": {**SHAPE.to_dict(), "context": 10**12}}, "context"), ({"shape": {**SHAPE.to_dict(), "vocab": 2**63}}, "count"),
+        ({"shape": {**SHAPE.to_dict(), "layers": 1025}}, "1 to 1024"), ({"shape": {**SHAPE.to_dict(), "tied": 1}}, "tied"),
+        ({"shape": {**SHAPE.to_dict(), "heads": 3, "kv_heads": 2}}, "3 heads"),
+        ({"shape": {**SHAPE.to_dict(), "rope_scaling": 8}}, "'shape'"),
+        ({"format": True}, "format True"), ({"format": 1.0}, "format 1.0"), ({"name": "a\nb"}, "'name'"), ({"name": "a" * 129}, "'name'"),
+        ({"precision": "int8\x1b[2J"}, "'precision'"),
         ({"prefixes": [{"role": "system"}]}, "'prefixes'"), ({"extra": 1}, "unknown fields 'extra'"), ({"types": 3}, "'types'"),
         ({"prefixes": [{"role": "user", "ids": [1], "file": "prefix-user.npz", "sha256": "0" * 64}]}, "different hashes"),
     ])
@@ -70,6 +79,12 @@ class TestManifest:
         artifact = make_artifact(tmp_path)
         (tmp_path / "manifest.json").write_text(json.dumps({**artifact.manifest.to_dict(), **change}))
         with pytest.raises(ModelFileError, match=says):
+            Manifest.read(tmp_path)
+
+    def test_a_key_that_stands_there_twice(self, tmp_path: Path) -> None:
+        text = json.dumps(make_artifact(tmp_path).manifest.to_dict())
+        (tmp_path / "manifest.json").write_text(text.replace('"kind"', '"name": "other", "kind"', 1))
+        with pytest.raises(ModelFileError, match="'name' is given twice"):
             Manifest.read(tmp_path)
 
     @pytest.mark.parametrize("field", list(Manifest.__dataclass_fields__))
@@ -233,6 +248,20 @@ class TestChecks:
         assert Seen(memory).sha256(file) == store.sha256(file)
         assert str(file) in json.loads(memory.read_text())
 
+    @pytest.mark.skipif(os.name == "nt", reason="no such files there")
+    @pytest.mark.parametrize("kind", ["pipe", "device", "deep"])
+    def test_memory_that_is_no_memory_is_not_read(self, tmp_path: Path, kind: str) -> None:
+        memory, file = tmp_path / "seen.json", tmp_path / "file"
+        file.write_bytes(b"abc")
+        if kind == "pipe":
+            os.mkfifo(memory)
+        elif kind == "device":
+            memory.symlink_to("/dev/zero")
+        else:
+            memory.write_bytes(b"[" * 100_000)
+        assert Seen(memory).sha256(file) == store.sha256(file)
+        assert str(file) in json.loads(memory.read_text()), "replaced by one that can be read"
+
     def test_memory_that_cannot_be_written_only_costs_time(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(b"abc")
         assert Seen(tmp_path / "file" / "seen.json").sha256(tmp_path / "file") == store.sha256(tmp_path / "file")
@@ -243,6 +272,18 @@ class TestChecks:
         Seen(tmp_path / "seen.json").sha256(file)
         file.write_bytes(b"abd")
         os.utime(file, ns=(1, 1))
+        assert Seen(tmp_path / "seen.json").sha256(file) == store.sha256(file)
+
+    @pytest.mark.skipif(os.name == "nt", reason="st_ctime is when the file was made there")
+    def test_time_set_back_does_not_hide_a_change(self, tmp_path: Path) -> None:
+        file = tmp_path / "file"
+        file.write_bytes(b"abc")
+        before = file.stat()
+        Seen(tmp_path / "seen.json").sha256(file)
+        while file.stat().st_ctime_ns == before.st_ctime_ns:  # clocks of file systems are coarse
+            file.write_bytes(b"abd")
+            os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert file.stat().st_mtime_ns == before.st_mtime_ns
         assert Seen(tmp_path / "seen.json").sha256(file) == store.sha256(file)
 
     def test_verify_names_missing_changed_and_extra(self, tmp_path: Path) -> None:

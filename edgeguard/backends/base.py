@@ -67,9 +67,13 @@ class Run:
         """A run that ends `seconds` from now, or never; raises `InputError` for what is no time."""
         if seconds is None:
             return cls()
-        if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or math.isnan(seconds) or seconds < 0:
+        try:
+            number = math.nan if isinstance(seconds, bool) or not isinstance(seconds, (int, float)) else float(seconds)
+        except OverflowError:  # not repeated in the message: it has hundreds of digits
+            raise InputError("timeout is too large; leave it out to wait for ever.") from None
+        if not number >= 0:  # NaN too
             raise InputError(f"timeout is {seconds!r}; a number of seconds, not below 0, is needed.")
-        return cls(time.monotonic() + seconds)
+        return cls(time.monotonic() + number)
 
     def cancel(self) -> None:
         """Stop the call as soon as the runtime allows; older nodes stay valid."""

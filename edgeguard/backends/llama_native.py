@@ -268,8 +268,10 @@ def library() -> Any:  # noqa: ANN401, the untyped package
     """llama_cpp, silenced; raises `RuntimeMissingError`."""
     try:
         import llama_cpp
-    except ImportError:
+    except ModuleNotFoundError:
         raise RuntimeMissingError("llama-cpp-python", "llama") from None
+    except (ImportError, OSError, RuntimeError) as error:  # its native library
+        raise RuntimeMissingError("llama-cpp-python", "llama", str(error)) from error
     if not _callbacks:
         def keep(level: int, text: bytes, _: object) -> None:
             if level == LOG_ERROR:

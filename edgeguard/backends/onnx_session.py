@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from edgeguard.backends.base import Run
 from edgeguard.backends.onnx_protobuf import FLOAT, ExternalTensor, check_external, int8_product
 from edgeguard.errors import DeviceError, EdgeGuardError, InferenceError, ModelFileError, ModelMemoryError, RuntimeMissingError
-from edgeguard.machine import default_threads, runtime_conflict, runtimes
+from edgeguard.machine import default_threads, no_telemetry, runtime_conflict, runtimes
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -66,10 +66,13 @@ class Session:
 
 
 def _onnxruntime() -> Any:  # noqa: ANN401  a module without types
+    no_telemetry()
     try:
         import onnxruntime as ort
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise RuntimeMissingError("ONNX Runtime", "cpu") from error
+    except ImportError as error:
+        raise RuntimeMissingError("ONNX Runtime", "cpu", str(error)) from error
     if hasattr(ort, "disable_telemetry_events"):
         ort.disable_telemetry_events()
     return ort

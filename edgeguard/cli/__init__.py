@@ -16,6 +16,9 @@ __all__ = ["ERROR", "SAFE", "UNSAFE", "main"]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and give its exit status; never raises."""
+    if sys.stdout is None:  # closed before the program began
+        _complain("edgeguard: error: standard output is closed, so that no result could be told; nothing was done.")
+        return ERROR
     try:
         # an import that fails must not end in Python's own status 1, which would read as "unsafe"
         from edgeguard.cli.app import run
@@ -40,7 +43,7 @@ def _explain(error: BaseException) -> str:
     if isinstance(error, (BrokenPipeError, SystemExit)):
         return "edgeguard: error: the output could not be written."
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
-        return "edgeguard: error: interrupted; nothing was decided."
+        return "edgeguard: interrupted; nothing was decided."
     if isinstance(error, OSError) and error.strerror:
         return f"edgeguard: error: {error.strerror}{f': {error.filename}' if error.filename else ''}."
     return f"edgeguard: error: unexpected {type(error).__name__}. This is a bug; EDGEGUARD_DEBUG=1 shows where."
@@ -66,8 +69,7 @@ def _complain(message: str) -> None:
 def _flushed() -> bool:
     """False when standard output is gone: a reader that closed the pipe, a full disk."""
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):  # else the interpreter tries again at exit and sets its own status
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

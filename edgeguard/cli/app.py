@@ -18,6 +18,9 @@ from edgeguard.cli.serve import serve
 from edgeguard.cli.status import ERROR, SAFE, UNSAFE
 from edgeguard.errors import RuntimeMissingError
 
+INTERRUPTED = 130
+"""What typer makes of Ctrl-C: 128 and the number of SIGINT."""
+
 app = typer.Typer(
     name="edgeguard",
     help="On-device inference for Llama Guard 2: a conversation in, safe or unsafe with categories out.",
@@ -35,10 +38,16 @@ app.command()(serve)
 
 def run(arguments: Sequence[str]) -> int:
     """The exit status of one command line; usage errors and errors of the command are raised."""
-    result: Any = typer.main.get_command(app).main(list(arguments), "edgeguard", standalone_mode=False)
-    if result is None:
-        return SAFE
+    result = _result(typer.main.get_command(app), arguments, "edgeguard")
     return result if result in (SAFE, UNSAFE) else ERROR
+
+
+def _result(command: Any, arguments: Sequence[str], name: str) -> int:  # noqa: ANN401  the class depends on typer's version
+    """The status that a command ends with; raises `KeyboardInterrupt` again, which typer turns into a status of its own."""
+    result: int | None = command.main(list(arguments), name, standalone_mode=False)
+    if result == INTERRUPTED:
+        raise KeyboardInterrupt
+    return SAFE if result is None else result
 
 
 def _print_version(asked: bool) -> None:
@@ -67,8 +76,9 @@ def _hand_over(context: typer.Context, package: str) -> None:
         if (error.name or "").startswith("edgeguard"):
             raise
         raise RuntimeMissingError(str(error.name), package) from error
-    command = typer.main.get_command(part.app)
-    if command.main(context.args, f"edgeguard {package}", standalone_mode=False):
+    except ImportError as error:
+        raise RuntimeMissingError(f"A package that {package} needs", package, str(error)) from error
+    if _result(typer.main.get_command(part.app), context.args, f"edgeguard {package}") != SAFE:
         raise typer.Exit(ERROR)
 
 

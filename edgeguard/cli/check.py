@@ -13,6 +13,7 @@ from edgeguard.cli.console import bar, facts, line, show, waiting, write_json
 from edgeguard.cli.inputs import MessagesOption, NeutraliseOption, PolicyOption, RoleOption, TextArgument, given
 from edgeguard.cli.status import SAFE, UNSAFE
 from edgeguard.guard import Guard
+from edgeguard.loading import MAX_THREADS
 from edgeguard.verdict import Verdict
 
 WORTH_SHOWING = 0.05  # probability from which a category that the answer does not list is shown to people
@@ -26,7 +27,6 @@ class BackendName(str, Enum):
     ONNX = "onnx"
     LLAMA = "llama"
     REFERENCE = "reference"
-    SCRIPTED = "scripted"
 
 
 ModelOption = Annotated[
@@ -34,7 +34,9 @@ ModelOption = Annotated[
 ]
 BackendOption = Annotated[BackendName, typer.Option("--backend", help="What runs the model.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, metal, ...; only auto falls back.")]
-ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="By default the physical cores that may be used.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", min=1, max=MAX_THREADS, help="By default the physical cores that may be used.")
+]
 
 
 def check(

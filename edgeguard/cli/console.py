@@ -75,11 +75,11 @@ def bar(share: float) -> str:
 def size(count: int) -> str:
     """Bytes for people, in powers of ten as disks are sold."""
     amount = float(count)
-    for unit in ("B", "kB", "MB"):
+    for unit in ("B", "kB", "MB", "GB"):
         if amount < 1000:
-            return f"{amount:.0f} {unit}"
+            return f"{amount:.{unit == 'GB':d}f} {unit}"
         amount /= 1000
-    return f"{amount:.1f} GB"
+    return f"{amount:.1f} TB"
 
 
 @contextmanager

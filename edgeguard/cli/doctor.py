@@ -71,6 +71,7 @@ def devices(backend: str) -> list[str]:
     """What an installed runtime offers, by the names that --device takes; empty when it cannot be loaded."""
     try:
         if backend == "onnx":
+            machine.no_telemetry()
             import onnxruntime
 
             offered = onnxruntime.get_available_providers()

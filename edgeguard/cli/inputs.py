@@ -9,6 +9,7 @@ from typing import Annotated, Any, BinaryIO
 
 import typer
 
+from edgeguard import strict_json
 from edgeguard.errors import ConversationError
 
 MAX_BYTES = 4 << 20
@@ -61,9 +62,11 @@ def _messages(path: Path) -> list[Any]:
     except OSError as error:
         raise ConversationError(f"{what} cannot be read: {error.strerror}.") from error
     try:
-        found = json.loads(_decode(data, what))
+        found = strict_json.loads(_decode(data, what))
     except json.JSONDecodeError as error:
         raise ConversationError(f"{what} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}.") from None
+    except strict_json.DuplicateKeyError as error:
+        raise ConversationError(f"{what}: {error}, so it is not clear which one is meant.") from None
     except (RecursionError, ValueError) as error:
         if isinstance(error, ConversationError):
             raise

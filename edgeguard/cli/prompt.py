@@ -15,6 +15,7 @@ from edgeguard.cli.console import terminal, warn, write, write_json
 from edgeguard.cli.inputs import MessagesOption, NeutraliseOption, PolicyOption, RoleOption, TextArgument, given
 from edgeguard.conversation import Conversation
 from edgeguard.errors import ModelFileError
+from edgeguard.gguf_check import check_gguf
 from edgeguard.policy import Policy
 from edgeguard.prompt import render
 from edgeguard.store import Artifact, resolve
@@ -37,8 +38,8 @@ def prompt(
     """Print exactly what the model would read, byte for byte; no model is needed."""
     asked = given(text, messages)
     found = None if model is None else resolve(model, ("onnx", "gguf", "hf"))
-    named = profile or (found.manifest.profile if isinstance(found, Artifact) else "llama-guard-2")
-    chosen = profiles.get(named)
+    own_profile = found.manifest.profile if isinstance(found, Artifact) else "llama-guard-2"
+    chosen = profiles.get(own_profile if profile is None else profile)
     own = None if policy is None else Policy.load(policy, profile=chosen)
     rendered = render(chosen, Conversation.of(asked, role), own, neutralise=neutralise)
     warn(rendered.warnings)
@@ -57,4 +58,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
     path = path / "tokenizer.json" if path.is_dir() else path
     if not path.is_file():
         raise ModelFileError(f"{path} does not exist; a tokenizer.json or a .gguf is needed.")
-    return GgufTokenizer.load(path) if path.suffix == ".gguf" else JsonTokenizer.load(path)
+    if path.suffix != ".gguf":
+        return JsonTokenizer.load(path)
+    try:
+        return GgufTokenizer.load(path)
+    except ModelFileError:
+        check_gguf(path)  # llama.cpp only says that it failed; a file of nothing but a vocabulary is no model, yet enough here
+        raise

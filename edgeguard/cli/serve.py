@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import math
 import signal
@@ -13,11 +14,14 @@ import typer
 from edgeguard.aio import AsyncGuard
 from edgeguard.cli.check import BackendName, BackendOption, DeviceOption, ModelOption, ThreadsOption
 from edgeguard.cli.console import waiting, warn, write
+from edgeguard.cli.inputs import NeutraliseOption, PolicyOption
 from edgeguard.errors import RuntimeMissingError
 from edgeguard.guard import Guard
 
 GRACE = 10
-"""Seconds that running checks get when the server is stopped; then they are cancelled."""
+"""Seconds that checks get when the server is stopped; then they are cancelled and answered with 503."""
+FAREWELL = 5
+"""Seconds for those answers to leave."""
 
 
 def serve(
@@ -25,6 +29,11 @@ def serve(
     backend: BackendOption = BackendName.AUTO,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
+    profile: Annotated[
+        str | None, typer.Option("--profile", help="Which guard model a file is, when it does not say so itself.")
+    ] = None,
+    policy: PolicyOption = None,
+    neutralise: NeutraliseOption = False,
     host: Annotated[str, typer.Option("--host", help="Address to listen on; others than loopback open it to the network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes a free one.")] = 8080,
     max_bytes: Annotated[int, typer.Option("--max-bytes", min=1, help="Largest body of a request.")] = 1 << 20,
@@ -45,13 +54,17 @@ def serve(
         if (error.name or "").startswith("edgeguard"):
             raise
         raise RuntimeMissingError("starlette and uvicorn", "server") from error
+    except ImportError as error:
+        raise RuntimeMissingError("starlette or uvicorn", "server", str(error)) from error
     with listen(host, port) as listening:
         address, port = listening.getsockname()[:2]
         inside = ipaddress.ip_address(address.partition("%")[0]).is_loopback
         if not inside:
             warn([f"Listening on {address}: whoever reaches this machine can ask and read verdicts; nothing is encrypted."])
         with waiting("Loading the model"):
-            guard = Guard.load(model, backend=backend.value, device=device, threads=threads)
+            guard = Guard.load(
+                model, backend=backend.value, device=device, threads=threads, profile=profile, policy=policy, neutralise=neutralise
+            )
             guard.warmup()
         app = create_app(
             AsyncGuard(guard), max_bytes=max_bytes, queue=queue, timeout=timeout, hosts=LOOPBACK if inside else None
@@ -59,9 +72,15 @@ def serve(
         # no log of any kind: neither requests nor tracebacks, which can hold texts
         config = uvicorn.Config(
             app, loop="asyncio", http="h11", ws="none", lifespan="on", log_config=None, log_level="critical", access_log=False,
-            proxy_headers=False, server_header=False, timeout_graceful_shutdown=GRACE,
+            proxy_headers=False, server_header=False, timeout_graceful_shutdown=GRACE + FAREWELL,
         )  # fmt: skip
-        server = uvicorn.Server(config)
+
+        class Server(uvicorn.Server):
+            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                asyncio.get_running_loop().call_later(GRACE, app.state.stop)
+                await super().shutdown(sockets)
+
+        server = Server(config)
 
         def stop(*_: Any) -> None:  # noqa: ANN401
             server.should_exit = True

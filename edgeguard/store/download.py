@@ -134,7 +134,8 @@ def _hub(hub_id: str) -> Iterator[None]:
     try:
         from huggingface_hub import utils
     except ImportError as error:
-        raise RuntimeMissingError("huggingface_hub", "convert") from error
+        absent = isinstance(error, ModuleNotFoundError) and error.name == "huggingface_hub"
+        raise RuntimeMissingError("huggingface_hub", "convert", "" if absent else str(error)) from error
     quiet = utils.are_progress_bars_disabled()
     utils.disable_progress_bars()
     try:

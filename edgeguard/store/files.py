@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from edgeguard.errors import ModelFileError, StoreError
 Progress = Callable[[str, int, int], None]
 """Called with a file's name, its bytes done and its bytes in all."""
 BLOCK = 1 << 20
+MAX_SEEN = 16 << 20
+"""Largest memory of hashes that is read, in bytes; some ten thousand files."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ def compare(folder: Path, expected: Mapping[str, FileRecord], own: str, progress
 
 
 class Seen:
-    """Hashes of files already read once, kept by path, size, time and inode, so that a load need not read 8 GB twice.
+    """Hashes of files already read once, kept by path, size, times and inode, so that a load need not read 8 GB twice.
 
     Only a shortcut: an unreadable or unwritable memory means that files are hashed again.
     """
@@ -98,17 +101,20 @@ class Seen:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.known: dict[str, Any] = {}
-        with suppress(OSError, ValueError):
-            data = json.loads(path.read_text(encoding="utf-8"))
-            self.known = data if isinstance(data, dict) else {}
+        with suppress(OSError, ValueError, RecursionError):
+            found = path.stat()
+            if stat.S_ISREG(found.st_mode) and found.st_size <= MAX_SEEN:  # a pipe would wait for ever, a device never end
+                data = json.loads(path.read_text(encoding="utf-8"))
+                self.known = data if isinstance(data, dict) else {}
 
     def sha256(self, path: Path, progress: Progress | None = None) -> str:
         """As remembered while the file is unchanged, else computed and remembered."""
-        stat = path.stat()
-        key, mark = str(path.resolve()), [stat.st_size, stat.st_mtime_ns, stat.st_ino]
+        found = path.stat()
+        # whoever sets the time of a file back cannot set back when that was done (st_ctime)
+        key, mark = str(path.resolve()), [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
         entry = self.known.get(key)
-        if isinstance(entry, list) and entry[:3] == mark and len(entry) == 4 and isinstance(entry[3], str):
-            return entry[3]
+        if isinstance(entry, list) and entry[:-1] == mark and isinstance(entry[-1], str):
+            return entry[-1]
         digest = sha256(path, progress)
         self.known[key] = [*mark, digest]
         with suppress(OSError):
@@ -147,13 +153,16 @@ def write_text(path: Path, text: str) -> Path:
 
 
 @contextmanager
-def locked(path: Path, timeout: float = 10) -> Iterator[None]:
-    """Hold a lock that the system lets go when its process dies; raises `StoreError` when another process has it."""
+def locked(path: Path, timeout: float = 10, what: str = "") -> Iterator[None]:
+    """Hold a lock on `what` (by default the lock's name) that the system lets go when its process dies.
+
+    Raises `StoreError` when another process has it.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(path, timeout=timeout):
             yield
     except filelock.Timeout:
-        raise StoreError(f"Another process is working on {path.stem}; try again when it has finished.") from None
+        raise StoreError(f"Another process is working on {what or path.stem}; try again when it has finished.") from None
     except PermissionError as error:
         raise StoreError(f"{error.filename or path} cannot be written: {error.strerror}. Set EDGEGUARD_HOME.") from error

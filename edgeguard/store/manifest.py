@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
+from edgeguard import strict_json
 from edgeguard.architecture import Shape
 from edgeguard.errors import ModelFileError
 from edgeguard.store.files import FileRecord, write_text
@@ -18,6 +19,11 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 MAX_BYTES = 16 << 20  # the ids of a whole vocabulary and four 8K prefixes stay far below
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}")
+MAX_TEXT = 128  # characters of a name
+MAX_NUMBER = 1 << 53  # what every reader of JSON keeps exactly
+# far beyond every Llama, and small enough to count with
+MOST = {"layers": 1 << 10, "hidden": 1 << 18, "heads": 1 << 12, "kv_heads": 1 << 12, "head_dim": 1 << 12, "ffn": 1 << 20,
+        "vocab": 1 << 24, "context": 1 << 24}
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Kind = Literal["onnx", "gguf"]
@@ -73,11 +79,12 @@ class Manifest:
         try:
             if path.stat().st_size > MAX_BYTES:
                 raise ModelFileError(f"{path} is larger than {MAX_BYTES} bytes; that is no manifest.")
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = strict_json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             if isinstance(error, ModelFileError):
                 raise
-            raise ModelFileError(f"{path} cannot be read as a manifest: {type(error).__name__}.") from error
+            reason = str(error) if isinstance(error, strict_json.DuplicateKeyError) else type(error).__name__
+            raise ModelFileError(f"{path} cannot be read as a manifest: {reason}.") from error
         try:
             return cls.from_dict(data)
         except ModelFileError as error:
@@ -86,9 +93,9 @@ class Manifest:
     @classmethod
     def from_dict(cls, data: object) -> Manifest:
         """From plain values; raises `ModelFileError`."""
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, dict) else type(data).__name__
-            raise ModelFileError(f"manifest format {found!r} is unknown; this version of edgeguard reads format {FORMAT}.")
+        found = data.get("format") if isinstance(data, dict) else type(data).__name__
+        if not isinstance(data, dict) or type(found) is not int or found != FORMAT:  # True would equal 1
+            raise ModelFileError(f"manifest format {repr(found)[:40]} is unknown; this version of edgeguard reads format {FORMAT}.")
         read = _Reader(data)
         manifest = cls(
             name=read("name", _text),
@@ -224,9 +231,13 @@ def _string(value: object) -> str:
 
 
 def _text(value: object) -> str:
-    if not _string(value).strip():
+    """Such as a terminal shows on one line."""
+    text = _string(value)
+    if not text.strip():
         raise ValueError("it is blank.")
-    return cast(str, value)
+    if len(text) > MAX_TEXT or not text.isprintable():
+        raise ValueError(f"{text[:40]!r} is longer than {MAX_TEXT} characters or cannot be printed on one line.")
+    return text
 
 
 def _kind(value: object) -> Kind:
@@ -254,8 +265,8 @@ def _sha256(value: object) -> str:
 
 
 def _number(value: object) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{value!r} is not a count.")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= MAX_NUMBER:
+        raise ValueError(f"{repr(value)[:40]} is not a count.")
     return value
 
 
@@ -295,7 +306,17 @@ def _prefixes(value: object) -> tuple[PrefixRecord, ...]:
 
 def _shape(value: object) -> Shape:
     shape = Shape(**_mapping(value))
-    for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab", "context"):
-        if not _number(getattr(shape, name)):
-            raise ValueError(f"{name} is 0.")
+    for name, most in MOST.items():
+        if not 1 <= (number := _number(getattr(shape, name))) <= most:
+            raise ValueError(f"{name} is {number}; 1 to {most} are possible.")
+    for name in ("rope_theta", "rms_eps"):
+        real = getattr(shape, name)
+        if isinstance(real, bool) or not isinstance(real, (int, float)) or not 0 < real <= MAX_NUMBER:  # NaN is in no range
+            raise ValueError(f"{name} is {repr(real)[:40]}; a positive number is needed.")
+    if not isinstance(shape.tied, bool):
+        raise TypeError("tied must be true or false.")
+    if shape.rope_scaling is not None:
+        _mapping(shape.rope_scaling)
+    if shape.heads % shape.kv_heads:
+        raise ValueError(f"{shape.heads} heads cannot share {shape.kv_heads} heads of keys.")
     return shape

@@ -122,7 +122,8 @@ def main() -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
-    print(f"{len(examples)} rows, {sum(len(e.ids) for e in examples)} tokens, {len(plan)} steps from {start}, {len(val)} validation rows", flush=True)
+    tokens = sum(len(example.ids) for example in examples)
+    print(f"{len(examples)} rows, {tokens} tokens, {len(plan)} steps from {start}, {len(val)} validation rows", flush=True)
     model.train()
     began = time.time()
     for step in range(start, len(plan)):
