@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -142,3 +143,13 @@ def test_no_socket_is_opened() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout.strip() == "safe", done.stderr
+
+
+def test_no_runtime_leaves_traces_in_the_home(tmp_path: Path) -> None:
+    # ONNX Runtime 1.32 writes a device id there and asks for its collector, unless it is told not to before it is imported
+    code = "import edgeguard; print(edgeguard.Guard.load(backend='onnx').check('hello').verdict)"
+    known = {key: value for key, value in os.environ.items() if not key.startswith(("XDG_", "ORT_"))}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False,
+                          env={**known, "HOME": str(tmp_path), "EDGEGUARD_HOME": str(tmp_path / "edgeguard")})
+    assert done.stdout.strip() == "safe", done.stderr
+    assert {path.name for path in tmp_path.iterdir()} <= {"edgeguard"}
