@@ -79,13 +79,13 @@ def test_content_is_kept_as_given() -> None:
         ([{"role": "user", "content": None}], None, "only text"),
         ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], None, "only text"),
         ([{"role": "user", "content": "  "}], None, "Message 1 is empty or blank"),
-        ([{"role": "system", "content": "x"}], None, "'system'"),
-        ([{"role": None, "content": "x"}], None, "None"),
-        ([{"role": ["user"], "content": "x"}], None, "unknown role"),
+        ([{"role": "system", "content": "x"}], None, "the role is none of"),
+        ([{"role": None, "content": "x"}], None, "the role is none of"),
+        ([{"role": ["user"], "content": "x"}], None, "the role is none of"),
         ([*turns(2), {"role": "assistant", "content": "x"}], None, "Message 3"),
         ([*turns(1), *turns(1)], None, "Message 2"),
         (turns(3)[1:], None, "first message"),
-        ("x", "system", "'system'"),
+        ("x", "system", "the role is none of"),
         (turns(1), "assistant", "has none"),
         ([{"role": "agent", "content": "x"}], "user", "has none"),
         ("lone \ud800 surrogate", None, "surrogate at character 5"),
@@ -109,3 +109,9 @@ def test_a_conversation_alternates_or_is_refused(given: list[tuple[str, str]]) -
     assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"] * (len(roles) % 2) or roles == ["assistant"]
     assert conversation.role == roles[-1]
     assert all(message.content.strip() for message in conversation.messages)
+
+
+def test_what_stands_in_the_role_is_not_repeated() -> None:
+    with pytest.raises(ConversationError) as error:  # content and role swapped: the text must not reach a log
+        Conversation.of([{"role": "my secret", "content": "user"}])
+    assert "secret" not in str(error.value)
