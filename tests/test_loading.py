@@ -136,8 +136,9 @@ def test_reference_reads_a_hugging_face_folder() -> None:
 def test_no_socket_is_opened() -> None:
     code = (
         "import socket\n"
-        "def no(*a, **k): raise AssertionError('a socket was opened')\n"
-        "socket.socket = no\n"
+        "class No(socket.socket):\n"
+        "    def __init__(self, *a, **k): raise AssertionError('a socket was opened')\n"
+        "socket.socket = No\n"
         "import edgeguard\n"
         "print(edgeguard.Guard.load(backend='onnx').check('hello').verdict)"
     )
