@@ -10,7 +10,6 @@ Whatever goes wrong is {"error": {"type", "message"}} with a status of 400 or mo
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
@@ -25,7 +24,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from edgeguard import __version__
+from edgeguard import __version__, strict_json
 from edgeguard.aio import AsyncGuard
 from edgeguard.errors import CancelledError, DeadlineError, EdgeGuardError, InputError
 from edgeguard.guard import Judged
@@ -184,7 +183,7 @@ def _parse(body: bytearray) -> dict[str, Any]:
     """The fields of a check, those that are null left out; raises `InputError` for all that is not one."""
     try:
         # whole numbers as floats: endless digits would take endless time
-        found = json.loads(body.decode("utf-8"), object_pairs_hook=_once, parse_int=float)
+        found = strict_json.loads(body.decode("utf-8"), parse_int=float)
     except (ValueError, RecursionError):
         raise InputError("The body is not JSON in UTF-8, names a field twice, or is nested too deeply.") from None
     if not isinstance(found, dict) or not found.keys() <= FIELDS.keys():
@@ -201,12 +200,6 @@ def _parse(body: bytearray) -> dict[str, Any]:
         if not plain or message.keys() != {"role", "content"}:  # what is not read would pass unjudged
             raise InputError(f"Message {number} must be an object with role and content, both strings, and nothing else.")
     return asked
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(pairs)) < len(pairs):
-        raise ValueError("a name twice")  # whoever reads the body after us may take the other one
-    return found
 
 
 def _asked_as(app: ASGIApp, hosts: Collection[str]) -> ASGIApp:

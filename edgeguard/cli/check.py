@@ -34,6 +34,9 @@ ModelOption = Annotated[
 ]
 BackendOption = Annotated[BackendName, typer.Option("--backend", help="What runs the model.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, metal, ...; only auto falls back.")]
+ProfileOption = Annotated[
+    str | None, typer.Option("--profile", help="Which guard model a file is, when it does not say so itself.")
+]
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, max=MAX_THREADS, help="By default the physical cores that may be used.")
 ]
@@ -46,9 +49,7 @@ def check(
     backend: BackendOption = BackendName.AUTO,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
-    profile: Annotated[
-        str | None, typer.Option("--profile", help="Which guard model a file is, when it does not say so itself.")
-    ] = None,
+    profile: ProfileOption = None,
     role: RoleOption = None,
     threshold: Annotated[float | None, typer.Option("--threshold", help="Unsafe from this score, 0 to 1, on; 0.5.")] = None,
     policy: PolicyOption = None,

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from edgeguard.aio import AsyncGuard
-from edgeguard.cli.check import BackendName, BackendOption, DeviceOption, ModelOption, ThreadsOption
+from edgeguard.cli.check import BackendName, BackendOption, DeviceOption, ModelOption, ProfileOption, ThreadsOption
 from edgeguard.cli.console import waiting, warn, write
 from edgeguard.cli.inputs import NeutraliseOption, PolicyOption
 from edgeguard.errors import RuntimeMissingError
@@ -29,9 +29,7 @@ def serve(
     backend: BackendOption = BackendName.AUTO,
     device: DeviceOption = "auto",
     threads: ThreadsOption = None,
-    profile: Annotated[
-        str | None, typer.Option("--profile", help="Which guard model a file is, when it does not say so itself.")
-    ] = None,
+    profile: ProfileOption = None,
     policy: PolicyOption = None,
     neutralise: NeutraliseOption = False,
     host: Annotated[str, typer.Option("--host", help="Address to listen on; others than loopback open it to the network.")] = "127.0.0.1",
