@@ -137,8 +137,9 @@ def _walk(node: Node, answers: Answers, head: _Head, threshold: float, verdict_o
     if verdict_only:
         return Decision(True, score, mass, "unsafe")
     tree = _Tree(answers, head)
-    begin = (*answers.unsafe[int(np.argmax(unsafe))], *answers.line, *answers.path(tree.root))
-    wanted, requests, passes, decoded = [tree.root], [(node, begin)], 0, 0
+    begin = (*answers.unsafe[int(np.argmax(unsafe))], *answers.line)
+    wanted, passes, decoded = tree.opening(), 0, 0
+    requests: Requests = [(node, (*begin, *answers.path(place))) for place in wanted]
     state = tree.root
     while not state.ended:
         if state not in tree.best:
@@ -192,6 +193,18 @@ class _Tree:
             ids = sorted(steps)
             self._reached[place] = ids, [self._answers.settle(steps[id_]) for id_ in ids]
         return self._reached[place]
+
+    def opening(self) -> list[State]:
+        """Places for the first pass: the choice of the first code and what is behind each, so that one code takes one pass."""
+        places = list(self._spelling(self.root))
+        return places if len(places) <= BRANCHES else [self.root]
+
+    def _spelling(self, place: State) -> Iterator[State]:
+        """The choices within the code at hand, up to the one behind it."""
+        yield place
+        for reached in self._steps(place)[1]:
+            if not reached.ended and reached.listed == place.listed:
+                yield from self._spelling(reached)
 
     def plan(self, missing: State) -> list[State]:
         """Places for the next pass: what the code at hand can need, then what is likely, the most likely first."""
