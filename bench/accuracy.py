@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from rich.table import Table
@@ -63,18 +63,6 @@ def first_codes(judged: Judged) -> dict[str, Any]:
 
 def agreement(data: Data, first: Sequence[Verdict], second: Sequence[Verdict], seed: int = 0) -> dict[str, Any]:
     """How far the second guard's verdicts and scores are from the first's, over all rows and by role."""
-    def compared(pairs: Sequence[tuple[Verdict, Verdict]]) -> dict[str, Any]:
-        turns = Counter((one.verdict, other.verdict) for one, other in pairs)
-        drift = np.array([other.score - one.score for one, other in pairs])
-        both = [(one, other) for one, other in pairs if not one.safe and not other.safe]
-        alike = sum(one.codes == other.codes for one, other in both)
-        return {
-            "rows": len(pairs), "agreement": ratio(turns["safe", "safe"] + turns["unsafe", "unsafe"], len(pairs)),
-            "unsafe_to_safe": turns["unsafe", "safe"], "safe_to_unsafe": turns["safe", "unsafe"],
-            "drift": float(np.abs(drift).mean()), "drift_signed": float(drift.mean()), "drift_max": float(np.abs(drift).max()),
-            "both_unsafe": len(both), "same_codes": alike,
-        }
-
     triples = list(zip(data.rows, first, second, strict=True))
     by_role = {
         role: [(one, other) for row, one, other in triples if row.conversation.role == role]
@@ -84,8 +72,41 @@ def agreement(data: Data, first: Sequence[Verdict], second: Sequence[Verdict], s
         "data": data_facts(data, seed),
         "model": model_facts(first[0].model), "other": model_facts(second[0].model),
         "threshold": first[0].threshold,
-        "overall": compared([(one, other) for _, one, other in triples]),
-        "by_role": {role: compared(pairs) for role, pairs in by_role.items()},
+        "overall": differences([(one, other) for _, one, other in triples]),
+        "by_role": {role: differences(pairs) for role, pairs in by_role.items()},
+    }
+
+
+class Said(Protocol):
+    """What two guards are compared by; a `Verdict` is one."""
+
+    @property
+    def verdict(self) -> str:
+        """`safe` or `unsafe`."""
+        ...
+
+    @property
+    def score(self) -> float:
+        """P(unsafe)."""
+        ...
+
+    @property
+    def codes(self) -> tuple[str, ...]:
+        """As listed."""
+        ...
+
+
+def differences(pairs: Sequence[tuple[Said, Said]]) -> dict[str, Any]:
+    """Agreement of the second with the first of each pair, flips by direction, drift of the score, codes where both are unsafe."""
+    turns = Counter((one.verdict, other.verdict) for one, other in pairs)
+    drift = np.array([other.score - one.score for one, other in pairs])
+    both = [(one, other) for one, other in pairs if one.verdict == other.verdict == "unsafe"]
+    alike = sum(one.codes == other.codes for one, other in both)
+    return {
+        "rows": len(pairs), "agreement": ratio(turns["safe", "safe"] + turns["unsafe", "unsafe"], len(pairs)),
+        "unsafe_to_safe": turns["unsafe", "safe"], "safe_to_unsafe": turns["safe", "unsafe"],
+        "drift": float(np.abs(drift).mean()), "drift_signed": float(drift.mean()), "drift_max": float(np.abs(drift).max()),
+        "both_unsafe": len(both), "same_codes": alike,
     }
 
 

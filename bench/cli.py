@@ -8,13 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from edgeguard import machine
 from edgeguard.bench import accuracy as quality
-from edgeguard.bench import report
+from edgeguard.bench import report, result_commands
+from edgeguard.bench.gpu_check import gpu
+from edgeguard.bench.peers_cli import peers
 from edgeguard.bench.rows import Data, Row, judge_rows, read_rows
-from edgeguard.bench.speed import Course, Setting
-from edgeguard.bench.speed_table import speed_report
-from edgeguard.cli import ERROR
+from edgeguard.bench.speed_cli import speed
+from edgeguard.bench.synthesize_cli import synthesize
 from edgeguard.cli.check import BackendName, BackendOption, DeviceOption, ModelOption, ThreadsOption
 from edgeguard.errors import InputError
 from edgeguard.guard import Guard
@@ -31,37 +31,18 @@ Seed = Annotated[int, typer.Option(min=0, help="Of all that is random.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the JSON line here, not to standard output.")]
 
 
+app.command()(speed)
+app.command()(synthesize)
+app.command()(peers)
+for command in (result_commands.report, result_commands.compare, result_commands.picture, gpu):
+    app.command()(command)
+
+
 @app.callback(invoke_without_command=True)
 def root(context: typer.Context) -> None:
     """Measure speed and quality on this machine."""
     if context.invoked_subcommand is None:
-        raise typer.BadParameter("A command is needed: speed, accuracy or agreement.", ctx=context)
-
-
-@app.command()
-def speed(
-    *,
-    model: ModelOption = None,
-    messages: Annotated[int, typer.Option(min=1, help="Of each kind, harmless and harmful, in a round; 16 are a pack.")] = 32,
-    rounds: Annotated[int, typer.Option(min=1, help="Each has messages of its own.")] = 3,
-    profile: Profile = None,
-    device: DeviceOption = "auto",
-    threads: ThreadsOption = None,
-    seed: Seed = 0,
-    json: Json = None,
-) -> None:
-    """Time the backends and llama-cpp-python on the same messages, in turn, on a model that has a GGUF and an ONNX artifact."""
-    _writable(json)
-    setting = Setting(model, profile, device, threads or machine.default_threads())
-    result = {
-        "bench": "speed", **report.circumstances(),
-        "settings": {**vars(setting), "messages": messages, "rounds": rounds, "seed": seed},
-    }
-    with report.progress("Measuring", 1) as advance:
-        result |= Course(setting).run(messages, rounds, seed, advance)
-    report.emit(result, speed_report(result), json)
-    if not any(row["measured"] for row in result["rows"]):
-        raise typer.Exit(ERROR)
+        raise typer.BadParameter("A command is needed; edgeguard bench --help names them.", ctx=context)
 
 
 @app.command()

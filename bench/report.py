@@ -67,11 +67,16 @@ def table(title: str, below: str, headings: Sequence[str]) -> Table:
     return made
 
 
+def show(parts: Sequence[RenderableType]) -> None:
+    """Tables and lines for people, on stdout."""
+    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
+    for part in parts:
+        console.print(part)
+
+
 def emit(result: Mapping[str, Any], shown: Sequence[RenderableType], path: Path | None) -> None:
     """The part for people on stdout, then the result as one line of JSON: in the file, or else as the last line of stdout."""
-    console = Console(file=sys.stdout, width=None if sys.stdout.isatty() else PIPE_WIDTH, highlight=False)
-    for part in shown:
-        console.print(part)
+    show(shown)
     if path is None:
         write_json(result)
     else:

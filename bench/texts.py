@@ -5,7 +5,8 @@ The harmful ones ask for something plainly forbidden without saying how; nobody 
 
 from __future__ import annotations
 
-from itertools import product
+from collections.abc import Callable
+from itertools import cycle, islice, product
 
 import numpy as np
 
@@ -45,3 +46,51 @@ def messages(kind: str, count: int, seed: int = 0) -> list[str]:
         raise InputError(f"{count} {kind} messages were asked for; there are 1 to {size}.")
     made = [" ".join(parts) + "." for parts in product(*slots)]
     return [made[index] for index in np.random.default_rng(seed).permutation(size)[:count]]
+
+
+FILLERS = ("today", "again", "please", "now", "here", "there", "soon", "then", "also", "well", "too", "first", "later", "once")
+"""Words that most vocabularies hold whole; they bring a text to its length."""
+STRIDE = 7919  # no factor in common with the number of messages, so that all take their turn
+PATIENCE = 8  # attempts to meet a length
+
+
+def of_tokens(count: Callable[[str], int], kind: str, tokens: int, number: int, seed: int = 0) -> list[str]:
+    """`number` different messages of a kind with exactly `tokens` tokens, as `count` counts those of a text.
+
+    Longer ones go on with further sentences of the same kind, then with single words. Raises `InputError` when so many
+    cannot be made.
+    """
+    pool = messages(kind, int(np.prod([len(slot) for slot in KINDS[kind]])), seed)
+    counts = {sentence: count(f" {sentence}") for sentence in pool}
+    made: dict[str, None] = {}
+    for place, opening in enumerate(pool):
+        if len(made) == number:
+            break
+        sentences, size = [opening], count(opening)
+        for step in range(1, tokens):
+            following = pool[(place + step * STRIDE) % len(pool)]
+            if size + counts[following] > tokens:
+                break
+            sentences.append(following)
+            size += counts[following]
+        if (text := _padded(count, " ".join(sentences), tokens)) is not None:
+            made[text] = None
+    if len(made) < number:
+        raise InputError(f"Only {len(made)} {kind} messages of {tokens} tokens can be made; {number} were asked for.")
+    return list(made)
+
+
+def _padded(count: Callable[[str], int], text: str, tokens: int) -> str | None:
+    """The text with words up to the exact count; None when it cannot be met."""
+    words = list(islice(cycle(FILLERS), max(0, tokens - count(text))))
+    for _ in range(PATIENCE):
+        padded = " ".join((text, *words))
+        if (lacking := tokens - count(padded)) == 0:
+            return padded
+        if lacking < 0:
+            if len(words) < -lacking:
+                return None
+            del words[lacking:]
+        else:
+            words += islice(cycle(FILLERS), lacking)
+    return None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -21,8 +22,11 @@ from edgeguard.store.files import Progress
 
 app = typer.Typer(add_completion=False, help="Convert a guard model to ONNX or GGUF.")
 STAGES = {"reference": "source in full precision", "graph": "ONNX graph", "gguf": "GGUF", "optimum": "optimum's export",
-          "gate": "comparison with the source"}
-
+          "gate": "comparison with the source", "shards": "checkpoint", "prefixes": "prefixes"}
+LINE_PERIOD = 20.0
+"""Seconds between two lines of a long stage where there is no terminal."""
+SPEED_PERIOD = 300.0
+"""Seconds that the time left is estimated from."""
 
 CHOICES = "; ".join(f"{target}: {', '.join(precisions)}" for target, precisions in PRECISIONS.items())
 SHARED = "Quantise so that ONNX int8 and GGUF q8_0 (or int4 and q4_0) hold the very same weights."
@@ -47,7 +51,7 @@ def main(
     """Convert a guard model to ONNX or GGUF, hold it against its source, and say the numbers."""
     with stages() as report:
         made = convert(source, out, target=to, precision=precision, profile=profile, tokenizer=tokenizer, name=name,
-                       exporter=exporter, shared=shared, force=force, threads=threads, progress=report)
+                       exporter=exporter, shared=shared, force=force, threads=threads, progress=report, tell=say)
     if as_json:
         write_json(made.to_dict())
     else:
@@ -61,7 +65,8 @@ def summary(made: Manifest, out: Path) -> list[Text]:
     forms = ", ".join(f"{form!r} {share:.3g}" for form, share in asked["forms"].items())
     agreement = "not judged, too few decided texts" if numbers["agreement"] is None else (
         f"{numbers['agreement']:.0%} of {numbers['decided']} decided texts")
-    licence = notices.LICENCES.get(made.profile)
+    licence, memory = notices.LICENCES.get(made.profile), made.conversion["memory"]
+    anonymous = "not told by this system" if memory["anonymous"] is None else size(memory["anonymous"])
     return [Text(f"{made.name} ({made.kind} {made.precision}) in {out}"), *facts([
         ("size", f"{size(made.size)} in {len(made.files)} files"),
         ("types", ", ".join(f"{count} {kind}" for kind, count in sorted(made.types.items()))),
@@ -71,22 +76,30 @@ def summary(made: Manifest, out: Path) -> list[Text]:
         ("gate", f"logits differ by {numbers['difference']} at most, noise {numbers['noise']}"),
         ("", f"scores drift by {numbers['drift']}, at most {numbers['drift_most']}"),
         ("", f"verdicts agree: {agreement}"),
+        ("memory", f"anonymous {anonymous} at the peak, resident {size(memory['resident'])}"),
         *([("licence", ". ".join(filter(None, [licence.name, licence.built_with])))] if licence else []),
     ])]
 
 
+def say(sentence: str) -> None:
+    """On standard error, as progress."""
+    if sys.stderr:
+        sys.stderr.write(f"edgeguard: {CONTROL.sub(chr(0xFFFD), sentence)}\n")
+        sys.stderr.flush()
+
+
 @contextmanager
 def stages() -> Iterator[Progress | None]:
-    """A bar for each stage on a terminal's standard error, elsewhere a line; None without a standard error."""
+    """A bar for each stage on a terminal's standard error, elsewhere lines; None without a standard error."""
     if not terminal(sys.stderr):
         yield plain_stages(sys.stderr) if sys.stderr else None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())
-    with Bars(*columns, console=Console(file=sys.stderr)) as bars:
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Bars(*columns, console=Console(file=sys.stderr), speed_estimate_period=SPEED_PERIOD) as bars:
         tasks: dict[str, Any] = {}
 
         def report(stage: str, done: int, total: int) -> None:
@@ -102,14 +115,28 @@ def named(stage: str) -> str:
     return STAGES.get(stage, f"hash of {stage}")
 
 
-def plain_stages(stream: TextIO) -> Progress:
-    """One line when a stage begins."""
-    begun: set[str] = set()
+def plain_stages(stream: TextIO, clock: Callable[[], float] = time.monotonic) -> Progress:
+    """A line when a stage begins, and one now and then while it goes on, with its share and the time left."""
+    begun: dict[str, tuple[float, int]] = {}
+    told: dict[str, float] = {}
 
-    def report(stage: str, _done: int, _total: int) -> None:
-        if stage not in begun:
-            begun.add(stage)
-            stream.write(f"edgeguard: {CONTROL.sub(chr(0xFFFD), named(stage))}\n")
-            stream.flush()
+    def report(stage: str, done: int, total: int) -> None:
+        now = clock()
+        start, before = begun.setdefault(stage, (now, done))
+        if stage in told and (now - told[stage] < LINE_PERIOD or done >= total):
+            return
+        line = named(stage)
+        if stage in told:
+            # what an earlier run has done took no time now
+            left = f", about {span((now - start) * (total - done) / (done - before))} left" if done > before else ""
+            line += f": {done / total:.0%}{left}"
+        told[stage] = now
+        stream.write(f"edgeguard: {CONTROL.sub(chr(0xFFFD), line)}\n")
+        stream.flush()
 
     return report
+
+
+def span(seconds: float) -> str:
+    """A time for people."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

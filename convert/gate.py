@@ -12,6 +12,7 @@ from edgeguard.backends.base import Backend, FloatArray, Node, Run
 from edgeguard.convert.prefixes import Entry
 from edgeguard.convert.probe import softmax
 from edgeguard.errors import ConversionError
+from edgeguard.store import Artifact
 from edgeguard.store.files import Progress
 from edgeguard.verdict import Role
 
@@ -67,6 +68,20 @@ def answers_of(backend: Backend, prefixes: Mapping[Role, tuple[int, ...]], entri
     if progress:
         progress("gate", len(found), len(entries))
     return np.stack(found)
+
+
+def runtime_of(artifact: Artifact, threads: int | None, context: int, *, copies: bool) -> Backend:
+    """The artifact on its runtime, for prompts of `context` tokens at most.
+
+    Without `copies` a GGUF's weights stay mapped from their file; some kernels are slower so. For ONNX see `gate_pieces`.
+    """
+    if artifact.kind == "onnx":
+        from edgeguard.backends.onnx import OnnxBackend
+
+        return OnnxBackend(artifact, device="cpu", threads=threads)
+    from edgeguard.backends.llama import LlamaBackend
+
+    return LlamaBackend(artifact.weights, device="cpu", threads=threads, context=context, repack=copies)
 
 
 def measure(source: FloatArray, artifact: FloatArray, safe: Sequence[int], unsafe: Sequence[int],

@@ -15,7 +15,7 @@ from edgeguard.convert import gguf_tokenizer
 from edgeguard.convert.gguf_file import ROPE_FACTORS, gguf_name, rope_rows
 from edgeguard.errors import ModelFileError, RuntimeMissingError
 from edgeguard.gguf_check import check_gguf
-from edgeguard.weights import DTYPES, expected, widen
+from edgeguard.weights import DTYPES, Rows, expected, widen
 
 
 class GgufWeights:
@@ -40,15 +40,15 @@ class GgufWeights:
 
     def raw(self, name: str) -> tuple[NDArray[Any], str]:
         """A tensor as stored, rows in Hugging Face's order; blocks as bytes (out, bytes of a row)."""
-        if name not in self._names:
-            raise ModelFileError(f"{self.path} lacks the tensor {name}.")
-        values, kind = self._stored(gguf_name(name))
-        order = rope_rows(name, self.shape)
-        return (values if order is None else values[np.argsort(order)]), kind
+        return self._chosen(name, slice(None))
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         """A float32 copy of one tensor."""
-        values, kind = self.raw(name)
+        return self.rows(name, slice(None))
+
+    def rows(self, name: str, index: Rows) -> NDArray[np.float32]:
+        """A float32 copy of some rows; no others are read."""
+        values, kind = self._chosen(name, index)
         if kind in DTYPES:
             return widen(values, kind)
         try:
@@ -60,6 +60,14 @@ class GgufWeights:
         except NotImplementedError:
             raise ModelFileError(f"{self.path}: {name} is stored as {kind}, which cannot be read back. "
                                  "Convert from the original weights.") from None
+
+    def _chosen(self, name: str, index: Rows) -> tuple[NDArray[Any], str]:
+        """Rows as stored, their numbers by Hugging Face's order, and the tensor's type."""
+        if name not in self._names:
+            raise ModelFileError(f"{self.path} lacks the tensor {name}.")
+        values, kind = self._stored(gguf_name(name))
+        order = rope_rows(name, self.shape)
+        return values[index if order is None else np.argsort(order)[index]], kind
 
     def _stored(self, name: str) -> tuple[NDArray[Any], str]:
         """A tensor mapped from the file, and its type."""

@@ -3,8 +3,8 @@
 Inputs, int64: `ids` and `positions` (T,); attention in G lanes, one for each sequence: `queries` (G, Q) tokens,
 `places` (T,) of the tokens in the flattened `queries`, `keys` (G, S) tokens of past and pass in the order of their
 positions from 0 (a query attends to the keys up to its own position); `rows` (R,) tokens to answer for, and their `lanes`
-(R,). float32: `past_key_{i}` and `past_value_{i}` (kv_heads, P, head_dim) for each layer i; P may be 0.
-Outputs, float32: `logits` (R, len(head_ids)); `new_key_{i}` (after RoPE) and `new_value_{i}` (kv_heads, T, head_dim).
+(R,). float32: `past_key_{i}` and `past_value_{i}` (P, kv_heads, head_dim) for each layer i; P may be 0.
+Outputs, float32: `logits` (R, len(head_ids)); `new_key_{i}` (after RoPE) and `new_value_{i}` (T, kv_heads, head_dim).
 
 Everything but the linear layers is computed in float32. In the last layer queries, attention and MLP are computed for the
 asked rows only. Linear layers: fp32 and fp16 by Gemm; 8 bits by MatMulIntegerToFloat, activations quantised token by token,
@@ -13,24 +13,28 @@ so that a token's result does not depend on its neighbours in the pass; 4 bits b
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeguard.backends.reference import inverse_frequencies
 from edgeguard.convert.onnx_writer import GraphWriter
-from edgeguard.convert.quantize import BLOCK, Int4Blocks, Int8Rows, QuantisedTensor, int4_blocks, int8_rows
+from edgeguard.convert.pieces import chosen, pieces, quantised
+from edgeguard.convert.quantize import BLOCK, Importance, Int4Blocks, Int8Rows, QuantisedTensor, int4_blocks, int8_rows
 from edgeguard.errors import ConversionError
+from edgeguard.machine import default_threads
 from edgeguard.weights import Weights, expected
 
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 Progress = Callable[[str, int, int], None]
-"""Told the stage, how many tensors are written, and how many there are."""
+"""Told the stage, how many of the source's weights are written, and how many there are."""
 Hook = Callable[[str], QuantisedTensor | None]
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
@@ -41,8 +45,6 @@ STEP, MIDDLE = np.float32(1 / 127), np.uint8(128)  # of activations between -1 a
 INPUTS: dict[str, list[int | str]] = {
     "ids": ["T"], "positions": ["T"], "queries": ["G", "Q"], "places": ["T"], "keys": ["G", "S"], "rows": ["R"], "lanes": ["R"],
 }
-
-Tensor = TypeVar("Tensor", NDArray[Any], Int8Rows, Int4Blocks)
 
 
 @dataclass(frozen=True)
@@ -59,31 +61,38 @@ class Lanes:
 
 
 def build(weights: Weights, out_folder: Path, *, precision: Precision, head_ids: Sequence[int],
-          quantised: Hook | None = None, progress: Progress | None = None) -> dict[str, int]:
+          quantised: Hook | None = None, importance: Importance | None = None, threads: int | None = None,
+          identity: Mapping[str, Any] | None = None, progress: Progress | None = None) -> dict[str, int]:
     """Write model.onnx and model.onnx.data into `out_folder`; returns how many tensors are stored in each type.
 
     `head_ids` are the rows of the output projection to keep (none: all). `quantised(name)` may give a tensor that is
     quantised already (int8 and int4 only; a layer may have more bits than the rest); None leaves it to this function.
     It is also asked for `lm_head.weight`, of tied models too: what it gives is stored dequantised, in float32.
-    Both files are written as `.partial` and renamed. Raises `ConversionError` for weights that are not finite.
+    `importance(name)` is what errors in the columns of a matrix matter, None for all alike.
+    Tensors are quantised by `threads` threads, by default the machine's choice. Both files are written as `.partial` and renamed;
+    with an `identity` (source, settings, builder) a build that was killed is taken up again, see `convert.journal`.
+    Raises `ConversionError` for weights that are not finite.
     """
-    builder = _Builder(weights, out_folder, precision, quantised or _no_hook, progress)
+    graph = GraphWriter(out_folder, MODEL, DATA, identity)
+    builder = _Builder(weights, graph, precision, quantised or _nothing, importance or _nothing, threads or default_threads(), progress)
     return builder.build(np.asarray(head_ids, np.int64))
 
 
-def _no_hook(_name: str) -> None:
+def _nothing(_name: str) -> None:
     return None
 
 
 class _Builder:
     """One build; every method adds nodes and gives the name of the value they compute."""
 
-    def __init__(self, weights: Weights, folder: Path, precision: Precision, hook: Hook, progress: Progress | None) -> None:
+    def __init__(self, weights: Weights, graph: GraphWriter, precision: Precision, hook: Hook, importance: Importance,
+                 threads: int, progress: Progress | None) -> None:
         self.weights, self.shape, self.precision, self.hook, self.progress = weights, weights.shape, precision, hook, progress
-        self.graph = GraphWriter(folder, MODEL, DATA)
+        self.graph, self.importance, self.threads = graph, importance, threads
         self.types: Counter[str] = Counter()
         self.stepped: dict[str, tuple[str, str]] = {}
-        self.total = len(expected(self.shape)) + self.shape.tied
+        self.sizes = expected(self.shape)
+        self.done, self.total = 0, self.shape.parameters + (math.prod(self.sizes[EMBEDDING]) if self.shape.tied else 0)
         self.group = self.shape.heads // self.shape.kv_heads
 
     def build(self, head_ids: NDArray[np.int64]) -> dict[str, int]:
@@ -162,11 +171,11 @@ class _Builder:
     def joined(self, name: str, new: str, keys: str) -> str:
         """Past keys or values and the new ones, which are outputs too, gathered for each lane: (kv_heads, G, S, head_dim)."""
         graph, shape = self.graph, self.shape
-        graph.input(f"past_{name}", np.float32, [shape.kv_heads, "P", shape.head_dim])
-        graph.output(f"new_{name}", np.float32, [shape.kv_heads, "T", shape.head_dim])
-        new = graph.node("Reshape", [new, graph.constant([0, shape.kv_heads, shape.head_dim])])
-        new = graph.node("Transpose", [new], [f"new_{name}"], perm=[1, 0, 2])
-        return graph.node("Gather", [graph.node("Concat", [f"past_{name}", new], axis=1), keys], axis=1)
+        graph.input(f"past_{name}", np.float32, ["P", shape.kv_heads, shape.head_dim])
+        graph.output(f"new_{name}", np.float32, ["T", shape.kv_heads, shape.head_dim])
+        new = graph.node("Reshape", [new, graph.constant([0, shape.kv_heads, shape.head_dim])], [f"new_{name}"])
+        lanes = graph.node("Gather", [graph.node("Concat", [f"past_{name}", new], axis=0), keys], axis=0)
+        return graph.node("Transpose", [lanes], perm=[2, 0, 1, 3])
 
     def turns(self, positions: str) -> list[str]:
         """RoPE's places in its table, and the table: cosines and sines of these positions only, whatever the context."""
@@ -194,16 +203,21 @@ class _Builder:
         return outputs[0], outputs[3]
 
     def norm(self, name: str) -> str:
-        return self.graph.tensor(name, self.counted(name, "float32", self.weights.tensor(name)))
+        self.counted(name, "float32")
+        return self.graph.tensor(name, np.float32, self.sizes[name], _finite(name, [self.weights.tensor(name)]))
 
-    def counted(self, name: str, kind: str, tensor: Tensor) -> Tensor:
-        """The tensor, entered under its type; floats are refused unless all are finite."""
-        if isinstance(tensor, np.ndarray) and not np.isfinite(tensor).all():
-            raise ConversionError(f"{name} holds numbers that {kind} does not; the source may be damaged.")
+    def counted(self, name: str, kind: str) -> None:
+        """Enter a tensor under its type; progress counts the source's weights."""
         self.types[kind] += 1
+        self.done += math.prod(self.sizes[name])
         if self.progress:
-            self.progress("graph", sum(self.types.values()), self.total)
-        return tensor
+            self.progress("graph", min(self.done, self.total), self.total)
+
+    def quantised(self, name: str, quantise: Callable[..., QuantisedTensor]) -> QuantisedTensor | None:
+        """A matrix in few bits, None when it is in the file already."""
+        if None not in (self.graph.finished(name), self.graph.finished(f"{name}.scale")):
+            return None
+        return self.hook(name) or quantised(self.weights, name, partial(quantise, importance=self.importance(name)), self.threads)
 
     def embedded(self) -> str:
         """Rows of the embedding in float32; stored at 8 bits for int8 and int4."""
@@ -211,35 +225,42 @@ class _Builder:
         if self.precision in FLOATS:
             found = graph.node("Gather", [self.float_tensor(EMBEDDING), "ids"])
             return found if self.precision == "fp32" else graph.node("Cast", [found], to=1)
-        rows = self.hook(EMBEDDING) or int8_rows(EMBEDDING, self.weights.tensor(EMBEDDING))
-        if not isinstance(rows, Int8Rows):
+        tensor = self.quantised(EMBEDDING, int8_rows)
+        if isinstance(tensor, Int4Blocks):
             raise ConversionError("The embedding is stored at 8 bits; it was given at 4.")
-        self.counted(EMBEDDING, "int8", rows)
-        table, scales = graph.tensor(EMBEDDING, rows.values), graph.tensor(f"{EMBEDDING}.scale", rows.scales[:, None])
+        values, factors = ([tensor.values], [tensor.scales]) if tensor else ([], [])
+        table = graph.tensor(EMBEDDING, np.int8, self.sizes[EMBEDDING], values, "int8")
+        scales = graph.tensor(f"{EMBEDDING}.scale", np.float32, [self.shape.vocab, 1], factors)
+        self.counted(EMBEDDING, "int8")
         found = graph.node("Cast", [graph.node("Gather", [table, "ids"])], to=1)
         return graph.node("Mul", [found, graph.node("Gather", [scales, "ids"])])
 
     def head(self, head_ids: NDArray[np.int64]) -> str:
         """The output projection's rows of the kept ids."""
-        given = self.hook(HEAD) if self.precision not in FLOATS else None
-        table = given.dequantised() if given else self.weights.tensor(EMBEDDING if self.shape.tied else HEAD)
-        return self.graph.tensor(HEAD, self.counted(HEAD, "float32", table[head_ids] if len(head_ids) else table))
+        source = EMBEDDING if self.shape.tied else HEAD
+        given = self.hook(HEAD) if self.precision not in FLOATS and self.graph.finished(HEAD) is None else None
+        kept = head_ids if len(head_ids) else np.arange(self.shape.vocab)
+        parts = (kept[part] for part in pieces(len(kept), self.shape.hidden))
+        rows = (chosen(given, part).dequantised() if given else self.weights.rows(source, part) for part in parts)
+        self.counted(source, "float32")
+        return self.graph.tensor(HEAD, np.float32, [len(kept), self.shape.hidden], _finite(HEAD, rows))
 
     def linear(self, value: str, name: str) -> str:
         """A linear layer by its own product: splitting a product of several layers cost more than it saved."""
         if self.precision in FLOATS:
             return self.float_linear(value, name)
-        quantise = int8_rows if self.precision == "int8" else int4_blocks
-        tensor = self.hook(name) or quantise(name, self.weights.tensor(name))
-        if isinstance(tensor, Int8Rows):
-            return self.int8_linear(value, name, self.counted(name, "int8", tensor))
-        return self.int4_linear(value, name, self.counted(name, "int4", tensor))
+        tensor = self.quantised(name, int8_rows if self.precision == "int8" else int4_blocks)
+        word = self.graph.finished(name) if tensor is None else "int8" if isinstance(tensor, Int8Rows) else "int4"
+        product = self.int8_linear(value, name, tensor) if word == "int8" else self.int4_linear(value, name, tensor)
+        self.counted(name, word or "")
+        return product
 
     def float_tensor(self, name: str) -> str:
         kind = FLOATS[self.precision]
-        with np.errstate(over="ignore"):  # what is too large for float16 is refused as not finite
-            tensor = self.weights.tensor(name).astype(kind, copy=False)
-        return self.graph.tensor(name, self.counted(name, np.dtype(kind).name, tensor))
+        rows = (self.weights.rows(name, part).astype(kind, copy=False) for part in pieces(*self.sizes[name]))
+        self.graph.tensor(name, kind, self.sizes[name], _finite(name, rows))
+        self.counted(name, np.dtype(kind).name)
+        return name
 
     def float_linear(self, value: str, name: str) -> str:
         graph, half = self.graph, self.precision == "fp16"
@@ -257,18 +278,29 @@ class _Builder:
             self.stepped[value] = steps, largest
         return self.stepped[value]
 
-    def int8_linear(self, value: str, name: str, tensor: Int8Rows) -> str:
-        graph = self.graph
+    def int8_linear(self, value: str, name: str, tensor: QuantisedTensor | None) -> str:
+        graph, (rows, width) = self.graph, self.sizes[name]
         steps, largest = self.steps(value)
-        table, scales = graph.tensor(name, tensor.values.T), graph.tensor(f"{name}.scale", tensor.scales)
+        values = (tensor.values[:, part].T for part in pieces(width, rows)) if tensor else ()
+        table = graph.tensor(name, np.int8, [width, rows], values, "int8")
+        scales = graph.tensor(f"{name}.scale", np.float32, [rows], [tensor.scales] if tensor else ())
         factors = [steps, table, graph.constant(STEP), scales, graph.constant(MIDDLE)]
         return graph.node("Mul", [graph.node("MatMulIntegerToFloat", factors, domain="com.microsoft"), largest])
 
-    def int4_linear(self, value: str, name: str, tensor: Int4Blocks) -> str:
+    def int4_linear(self, value: str, name: str, tensor: QuantisedTensor | None) -> str:
         """Two weights a byte, the first in the low half; without zero points the middle is 8."""
-        graph = self.graph
-        out, width = tensor.values.shape
-        packed = (tensor.values[:, ::2] | tensor.values[:, 1::2] << 4).reshape(out, -1, BLOCK // 2)
-        table, scales = graph.tensor(name, packed), graph.tensor(f"{name}.scale", tensor.scales)
-        return graph.node("MatMulNBits", [value, table, scales], domain="com.microsoft", K=width, N=out, bits=4,
+        graph, (rows, width) = self.graph, self.sizes[name]
+        values = (tensor.values[part, ::2] | tensor.values[part, 1::2] << 4 for part in pieces(rows, width)) if tensor else ()
+        table = graph.tensor(name, np.uint8, [rows, width // BLOCK, BLOCK // 2], values, "int4")
+        scales = graph.tensor(f"{name}.scale", np.float32, [rows, width // BLOCK], [tensor.scales] if tensor else ())
+        return graph.node("MatMulNBits", [value, table, scales], domain="com.microsoft", K=width, N=rows, bits=4,
                           block_size=BLOCK, accuracy_level=4)
+
+
+def _finite(name: str, parts: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
+    """The parts, refused unless all numbers are finite."""
+    with np.errstate(over="ignore"):  # what is too large for float16 is refused
+        for part in parts:
+            if not np.isfinite(part).all():
+                raise ConversionError(f"{name} holds numbers that {part.dtype.name} does not; the source may be damaged.")
+            yield part

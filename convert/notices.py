@@ -64,6 +64,11 @@ def write(profile: str, source_folder: Path, out: Path) -> None:
         (out / "NOTICE").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
+def bytes_of(source_folder: Path) -> int:
+    """Of the licence texts that are copied."""
+    return sum(file.stat().st_size for file in source_folder.iterdir() if COPIED.fullmatch(file.name) and file.is_file())
+
+
 def duties(profile: str, name: str, files: Iterable[str]) -> list[str]:
     """What the user still has to do before passing the artifact on."""
     licence = LICENCES.get(profile)

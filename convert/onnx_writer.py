@@ -1,15 +1,17 @@
-"""Writing an ONNX graph node by node, its tensors streamed into one file of external data."""
+"""Writing an ONNX graph node by node, its tensors streamed piece by piece into one file of external data."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from edgeguard.convert.journal import GrowingFile
 from edgeguard.errors import RuntimeMissingError
 
 OPSETS = {"": 21, "com.microsoft": 1}
@@ -18,39 +20,37 @@ PAGE, LINE = 4096, 64  # bytes at which large and small tensors begin, so that r
 
 
 class GraphWriter:
-    """A context: nothing bears its final name before it is left without an error."""
+    """A context: nothing bears its final name before it is left without an error.
 
-    def __init__(self, folder: Path, model: str, data: str) -> None:
+    With an `identity` (what the tensors depend on) a writing that was killed is taken up again: tensors that are `finished` are
+    declared anew, but not written.
+    """
+
+    def __init__(self, folder: Path, model: str, data: str, identity: Mapping[str, Any] | None = None) -> None:
         try:
             import onnx
         except ImportError as error:
             raise RuntimeMissingError("The package onnx", "convert") from error
-        self._onnx, self._folder, self._model, self._data = onnx, folder, model, data
+        self._onnx, self._model, self._data = onnx, folder / model, data
+        self._file = GrowingFile(folder / data, identity)
         self._nodes: list[Any] = []
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
         self._tensors: dict[str, Any] = {}
         self._constants: dict[tuple[Any, ...], str] = {}
         self._count = 0
-        self._stream: BinaryIO
 
     def __enter__(self) -> GraphWriter:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._stream = self._partial(self._data).open("wb")
+        self._file.__enter__()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._stream.close()
         if kind is None:
-            self._partial(self._model).write_bytes(self._serialised())
-        for name in (self._data, self._model):
-            if kind is None:
-                self._partial(name).replace(self._folder / name)
-            else:
-                self._partial(name).unlink(missing_ok=True)
-
-    def _partial(self, name: str) -> Path:
-        return self._folder / f"{name}.partial"
+            self._file.complete(lambda _path: None)
+            partial = self._model.with_name(f"{self._model.name}.partial")
+            partial.write_bytes(self._serialised())
+            partial.replace(self._model)
+        self._file.__exit__(kind, error, trace)
 
     def _serialised(self) -> bytes:
         helper = self._onnx.helper
@@ -95,15 +95,26 @@ class GraphWriter:
             self._tensors[name] = self._onnx.numpy_helper.from_array(array, name)
         return self._constants[key]
 
-    def tensor(self, name: str, array: NDArray[Any]) -> str:
-        """Write a tensor into the external data; returns its name."""
-        array = np.ascontiguousarray(array)
-        self._stream.write(b"\0" * (-self._stream.tell() % (PAGE if array.nbytes >= PAGE else LINE)))
-        where = {"location": self._data, "offset": self._stream.tell(), "length": array.nbytes}
-        self._stream.write(array.data)
-        proto = self._onnx.TensorProto(name=name, data_type=self._type(array.dtype), dims=array.shape,
+    def finished(self, name: str) -> str | None:
+        """The word that a tensor was written with (see `tensor`), None for one that is still to be written."""
+        record = self._file.finished(name)
+        return None if record is None else str(record["word"])
+
+    def tensor(self, name: str, kind: DTypeLike, sizes: Sequence[int], parts: Iterable[NDArray[Any]] = (), word: str = "") -> str:
+        """Declare a tensor of the external data, written from its parts unless it is finished; returns its name.
+
+        `word` is kept with it. Nothing is asked of `parts` when it is finished.
+        """
+        kind, length = np.dtype(kind), math.prod(sizes) * np.dtype(kind).itemsize
+        if self._file.finished(name) is None:
+            with self._file.piece(name, PAGE if length >= PAGE else LINE, word=word) as write:
+                for part in parts:
+                    write(part)
+        record = self._file.finished(name)
+        assert record is not None and record["length"] == length, f"{name}: {record}"  # noqa: S101  our own logic
+        proto = self._onnx.TensorProto(name=name, data_type=self._type(kind), dims=sizes,
                                        data_location=self._onnx.TensorProto.EXTERNAL)
-        for key, value in where.items():
+        for key, value in {"location": self._data, "offset": record["offset"], "length": length}.items():
             proto.external_data.add(key=key, value=str(value))
         self._tensors[name] = proto
         return name

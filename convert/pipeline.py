@@ -1,13 +1,19 @@
-"""A whole conversion: source, one walk in full precision, artifact, gate, manifest, and only then the final name."""
+"""A whole conversion: source, one walk in full precision, artifact, gate, manifest, and only then the final name.
+
+Killed at any moment it is taken up again by the next run (`convert.resume`).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import re
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,12 +21,16 @@ import numpy as np
 
 from edgeguard import __version__
 from edgeguard.answers import Answers
-from edgeguard.backends.base import Backend, FloatArray
-from edgeguard.convert import gate, gate_texts, notices, probe, room
+from edgeguard.backends.base import FloatArray
+from edgeguard.convert import gate, gate_pieces, gate_texts, notices, pieces, probe, resume, room
+from edgeguard.convert.journal import Journal, remove_journals
+from edgeguard.convert.memory import MemoryMeter
 from edgeguard.convert.prefixes import Entry, Walked, entry_of, save_prefix, walk
-from edgeguard.convert.quantize import QuantisedTensor, int4_blocks, int8_rows
+from edgeguard.convert.quantize import Importance, QuantisedTensor, int4_blocks, int8_rows
+from edgeguard.convert.smooth import STRENGTH, SmoothedWeights, ranges
 from edgeguard.convert.source import Source, check_vocabulary, open_source
 from edgeguard.errors import ConversionError, EdgeGuardError, RuntimeMissingError, StoreError
+from edgeguard.machine import default_threads
 from edgeguard.prefix import role_prefixes
 from edgeguard.profiles import Profile
 from edgeguard.profiles import get as get_profile
@@ -30,17 +40,19 @@ from edgeguard.store.files import Progress, locked
 from edgeguard.store.manifest import MANIFEST
 from edgeguard.tokenizer import JsonTokenizer
 from edgeguard.verdict import Role
-from edgeguard.weights import Weights
+from edgeguard.weights import Weights, expected
 
 PRECISIONS: dict[str, tuple[str, ...]] = {
     "onnx": ("fp32", "fp16", "int8", "int4"),
     "gguf": ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0"),
 }
-SHARED: dict[str, Callable[[str, FloatArray], QuantisedTensor]] = {
+FLOATS = ("fp32", "fp16", "f32", "f16", "bf16")
+"""Precisions that lose nothing by outliers, and are written as the source is."""
+SHARED: dict[str, Callable[..., QuantisedTensor]] = {
     "int8": int8_rows, "q8_0": int8_rows, "int4": int4_blocks, "q4_0": int4_blocks,
 }
 """Precisions that both formats hold with the same weights, and how their linear layers are quantised then."""
-FLOATS = {"F16": "f16", "BF16": "bf16"}
+OUTER = ("model.embed_tokens.weight", "lm_head.weight")
 RUNTIMES = {"onnx": ("onnxruntime", "cpu"), "gguf": ("llama_cpp", "llama")}
 BARE = 4  # prompts that are also tried without BOS
 
@@ -66,27 +78,72 @@ class Plan:
 
 
 @dataclass(frozen=True, eq=False)
-class Truth:
-    """What the source says, and what it was asked."""
+class Questions:
+    """What the source is asked, known before its weights are read."""
 
     answers: Answers
     prefixes: Mapping[Role, tuple[int, ...]]
     entries: Sequence[Entry]
+    bare: Sequence[Entry]
+    """The first of them once more, without the tokens that begin a prompt."""
+    needed: Sequence[int]
+    """Token ids that a head must hold."""
+    tokenizer: str
+    """SHA-256 of tokenizer.json."""
+    contents: room.Contents
+
+    @property
+    def tokens(self) -> int:
+        """How many the walk evaluates."""
+        return sum(map(len, self.prefixes.values())) + sum(len(entry.ids) for entry in [*self.entries, *self.bare])
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(len(self.prefixes.get(entry.prefix, ()) if entry.prefix else ()) + len(entry.ids) for entry in self.entries)
+
+
+@dataclass(frozen=True, eq=False)
+class Truth:
+    """What the source says."""
+
+    weights: Weights
+    """Those to be written: the source's, for few bits with its outliers smoothed."""
+    importance: Importance
     rows: tuple[int, ...]
     """Token ids that are compared, and kept in a guard graph's head."""
     walked: Walked
     probe: Mapping[str, Any]
 
 
+@dataclass(frozen=True, eq=False)
+class Work:
+    """A conversion under way."""
+
+    plan: Plan
+    questions: Questions
+    progress: Progress
+    identity: Mapping[str, Any]
+    """What all bytes depend on."""
+    journal: Journal
+    meter: MemoryMeter
+
+    def stage_done(self) -> None:
+        """Keep the peaks of memory, should this run be killed."""
+        self.journal.finish(resume.MEMORY, self.meter.look())
+
+
 def convert(source: str | Path, out: str | Path, *, target: str, precision: str, profile: str = "llama-guard-2",
             tokenizer: str | Path | None = None, name: str | None = None, exporter: str = "guard", shared: bool = False,
-            force: bool = False, threads: int | None = None, progress: Progress | None = None) -> Manifest:
+            force: bool = False, threads: int | None = None, progress: Progress | None = None,
+            tell: Callable[[str], None] | None = None) -> Manifest:
     """Convert a Hugging Face folder, a hub id or a GGUF into the artifact folder `out`, and hold it against its source.
 
     `target` is `onnx` or `gguf`; `precision` one of `PRECISIONS[target]`; `shared` quantises so that the ONNX and the GGUF
     artifact hold the same weights; `exporter` is `guard` or `optimum` (ONNX fp32 from a folder); `force` replaces an
-    artifact; `threads` are the runtime's, by default the machine's choice; `progress(stage, done, total)`.
-    The folder is built as `out`.partial and renamed when the gate is passed.
+    artifact; `threads` by default the machine's choice; `progress(stage, done, total)`; `tell` gets sentences for people, first of all
+    what disk and memory the work needs. The folder is built as `out`.partial and renamed when the gate is passed; what a killed
+    run has left there is taken up where source, settings and builder are the same.
     Raises `ConversionError` (also when the gate fails), `ModelError`, `StoreError`, `RuntimeMissingError`.
     """
     out = Path(out)
@@ -103,10 +160,10 @@ def convert(source: str | Path, out: str | Path, *, target: str, precision: str,
         plan = Plan(opened, out, cast(Kind, target), precision, chosen,
                     name or _default_name(chosen, opened, precision), exporter, shared, threads)
         _check_source(plan)
-        room.check(opened.weights.shape, plan.kind, precision, out, traced=exporter == "optimum")
+        questions = questions_of(plan)
+        _check_room(plan, questions, tell or (lambda _sentence: None))
         try:
-            manifest = _build(plan, told)
-            _rename(plan)
+            manifest = _work(plan, questions, told)
         except ConversionError:
             shutil.rmtree(plan.partial, ignore_errors=True)
             raise
@@ -162,47 +219,100 @@ def _lock(out: Path) -> Path:
     return home() / ".locks" / f"{out.name}.{mark}.lock"
 
 
-def _build(plan: Plan, progress: Progress) -> Manifest:
-    """Everything inside the partial folder."""
-    shutil.rmtree(plan.partial, ignore_errors=True)
-    plan.partial.mkdir(parents=True)
-    source, shape = plan.source, plan.source.weights.shape
-    origin = {"kind": source.kind, "name": source.name, "sha256": source.sha256(progress)}
-    source.write_tokenizer(plan.partial / "tokenizer.json")
-    truth = _ask_source(plan, progress)
-    types = _WRITERS[plan.exporter if plan.kind == "onnx" else plan.kind](plan, truth, progress)
-    notices.write(plan.profile.name, source.folder, plan.partial)
-    guard = plan.kind == "onnx" and plan.exporter == "guard"
-    kept = _save_prefixes(plan.partial, truth) if guard else {}
-    files = records(plan.partial, progress)
-    licence = notices.LICENCES.get(plan.profile.name)
-    manifest = Manifest(
-        name=plan.name, kind=plan.kind, profile=plan.profile.name, precision=plan.precision, weights=f"model.{plan.kind}",
-        files=files, shape=shape, head_ids=truth.rows if guard else (),
-        prefixes=tuple(PrefixRecord(role, truth.prefixes[role], file, files[file].sha256) for role, file in kept.items()),
-        source=origin, builder=__version__, types=types, probe=truth.probe, licence=licence.name if licence else "",
-    )
-    manifest = replace(manifest, gate=_gate(plan, manifest, truth, progress))
-    manifest.write(plan.partial)
-    return manifest
-
-
-def _ask_source(plan: Plan, progress: Progress) -> Truth:
-    """Tokenizer, answers and prompts, and one walk through the source with all of them."""
-    profile, weights = plan.profile, plan.source.weights
-    tokenizer = JsonTokenizer.load(plan.partial / "tokenizer.json")
-    check_vocabulary(weights, tokenizer.vocab_size)
+def questions_of(plan: Plan) -> Questions:
+    """Tokenizer, answers and prompts."""
+    profile, shape = plan.profile, plan.source.weights.shape
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tokenizer.json"
+        plan.source.write_tokenizer(path)
+        tokenizer, size = JsonTokenizer.load(path), path.stat().st_size
+        vocabulary = room.vocabulary_bytes(path, shape.vocab) if plan.kind == "gguf" else 0
+    check_vocabulary(plan.source.weights, tokenizer.vocab_size)
     answers = Answers.build(profile, [category.code for category in profile.policy.categories], tokenizer)
     prefixes = role_prefixes(profile, tokenizer)
     entries = [entry_of(one, profile, tokenizer, answers, prefixes) for one in gate_texts.conversations()]
     begin = len(profile.begin)
     whole = [Entry(None, (*prefixes.get(entry.prefix, ()), *entry.ids)) if entry.prefix else entry for entry in entries[:BARE]]
     bare = [Entry(None, entry.ids[begin:]) for entry in whole] if begin else []
-    walked = walk(weights, prefixes, [*entries, *bare], progress)
-    logits = walked.logits[: len(entries)]
-    rows = probe.head_rows(probe.needed_rows(profile, tokenizer, answers), logits)
-    return Truth(answers, prefixes, entries, rows, replace(walked, logits=logits),
-                 probe.probe(profile, answers, rows, logits, walked.logits[len(entries) :]))
+    needed = probe.needed_rows(profile, tokenizer, answers)
+    rows = min(shape.vocab, len(needed) + probe.SENTINELS)
+    contents = room.Contents(rows, tuple(map(len, prefixes.values())), size, vocabulary, notices.bytes_of(plan.source.folder))
+    return Questions(answers, prefixes, entries, bare, needed, tokenizer.sha256, contents)
+
+
+def needs(plan: Plan, questions: Questions) -> room.Needs:
+    """Disk and memory of the whole conversion."""
+    return room.needs(plan.source.weights.shape, plan.kind, plan.precision, questions.contents, tokens=questions.tokens,
+                      kinds=_gguf_kinds(plan), traced=plan.exporter == "optimum")
+
+
+def _check_room(plan: Plan, questions: Questions, tell: Callable[[str], None]) -> None:
+    """Raises `ConversionError` when disk or memory would run out, else tells what is needed."""
+    there = sum(path.stat().st_size for path in plan.partial.rglob("*") if path.is_file()) if plan.partial.is_dir() else 0
+    tell(f"The conversion {room.check(needs(plan, questions), plan.out, there)}.")
+
+
+def _work(plan: Plan, questions: Questions, progress: Progress) -> Manifest:
+    """Take up the partial folder or begin it, fill it, and give it its name."""
+    settings = {"kind": plan.kind, "precision": plan.precision, "profile": plan.profile.name, "name": plan.name,
+                "exporter": plan.exporter, "shared": plan.shared, "strength": STRENGTH, "tokenizer": questions.tokenizer}
+    identity = resume.identity(plan.source.files, settings)
+    journal = resume.take_up(plan.partial, identity)
+    try:
+        with MemoryMeter(journal.finished(resume.MEMORY)) as meter:
+            manifest = _build(Work(plan, questions, progress, identity, journal, meter))
+    finally:
+        journal.close()
+    _rename(plan)
+    remove_journals(plan.out)
+    return manifest
+
+
+def _build(work: Work) -> Manifest:
+    """Everything inside the partial folder."""
+    plan, questions, folder = work.plan, work.questions, work.plan.partial
+    source = plan.source
+    hashes = resume.hashed(source.files, work.journal, work.progress)
+    origin = {"kind": source.kind, "name": source.name,
+              "sha256": hashes[source.path.name] if source.kind == "gguf" else resume.combined(hashes)}
+    source.write_tokenizer(folder / "tokenizer.json")
+    truth = _ask_source(work)
+    work.stage_done()
+    types = _WRITERS[plan.exporter if plan.kind == "onnx" else plan.kind](work, truth)
+    work.stage_done()
+    notices.write(plan.profile.name, source.folder, folder)
+    guard = plan.kind == "onnx" and plan.exporter == "guard"
+    kept = _save_prefixes(folder, truth) if guard else {}
+    files = records(folder, work.progress)
+    licence = notices.LICENCES.get(plan.profile.name)
+    manifest = Manifest(
+        name=plan.name, kind=plan.kind, profile=plan.profile.name, precision=plan.precision, weights=f"model.{plan.kind}",
+        files=files, shape=source.weights.shape, head_ids=truth.rows if guard else (),
+        prefixes=tuple(PrefixRecord(role, questions.prefixes[role], file, files[file].sha256) for role, file in kept.items()),
+        source=origin, builder=__version__, types=types, probe=truth.probe, licence=licence.name if licence else "",
+    )
+    manifest = replace(manifest, gate=_gate(work, manifest, truth))
+    manifest = replace(manifest, conversion={"memory": work.meter.look()})
+    (folder / resume.WALK).unlink(missing_ok=True)
+    manifest.write(folder)
+    return manifest
+
+
+def _ask_source(work: Work) -> Truth:
+    """One walk through the source with all prompts."""
+    questions, profile = work.questions, work.plan.profile
+    observer = None if work.plan.precision in FLOATS else ranges
+    walked = walk(work.plan.source.weights, questions.prefixes, [*questions.entries, *questions.bare], work.progress, observer=observer,
+                  state=work.plan.partial / resume.WALK, identity=json.dumps(work.identity))
+    count = len(questions.entries)
+    logits = walked.logits[:count]
+    rows = probe.head_rows(questions.needed, logits)
+    probed = probe.probe(profile, questions.answers, rows, logits, walked.logits[count:])
+    if observer is None:
+        return Truth(work.plan.source.weights, lambda _name: None, rows, replace(walked, logits=logits), probed)
+    smoothed = SmoothedWeights(work.plan.source.weights, walked.observed)
+    prefixes = {role: (keys, smoothed.values(values)) for role, (keys, values) in walked.keys_values.items()}
+    return Truth(smoothed, smoothed.importance, rows, replace(walked, logits=logits, keys_values=prefixes), probed)
 
 
 def _save_prefixes(folder: Path, truth: Truth) -> dict[Role, str]:
@@ -213,80 +323,78 @@ def _save_prefixes(folder: Path, truth: Truth) -> dict[Role, str]:
     return files
 
 
-def _write_onnx(plan: Plan, truth: Truth, progress: Progress) -> dict[str, int]:
+def _write_onnx(work: Work, truth: Truth) -> dict[str, int]:
     from edgeguard.convert.guard_graph import Precision, build
 
-    return build(plan.source.weights, plan.partial, precision=cast(Precision, plan.precision), head_ids=truth.rows,
-                 quantised=_shared(plan) if plan.shared else None, progress=progress)
+    plan = work.plan
+    return build(truth.weights, plan.partial, precision=cast(Precision, plan.precision), head_ids=truth.rows,
+                 quantised=_shared(plan, truth) if plan.shared else None, importance=truth.importance, threads=plan.threads,
+                 identity={**work.identity, "rows": truth.rows}, progress=work.progress)
 
 
-def _write_optimum(plan: Plan, _truth: Truth, progress: Progress) -> dict[str, int]:
+def _write_optimum(work: Work, _truth: Truth) -> dict[str, int]:
     from edgeguard.convert.optimum_export import export
 
-    return export(plan.source.path, plan.partial, progress)
+    return export(work.plan.source.path, work.plan.partial, work.progress)
 
 
-def _write_gguf(plan: Plan, _truth: Truth, progress: Progress) -> dict[str, int]:
-    """Straight from the source; by llama.cpp's own quantiser for what only it can write, from a file in the source's type."""
-    from edgeguard.convert.gguf_file import FloatType, write_gguf
+def _write_gguf(work: Work, truth: Truth) -> dict[str, int]:
+    from edgeguard.convert.gguf_file import write_gguf
 
-    out, stored = plan.partial / "model.gguf", plan.source.weights.raw("model.embed_tokens.weight")[1]
-    straight = plan.shared or plan.precision in ("f32", "f16", "bf16")
-    kind = plan.precision if plan.precision in ("f32", "f16", "bf16") else FLOATS.get(stored, "f32")
-    written = out if straight else plan.partial / "float.gguf"
-    types = write_gguf(plan.source.weights, plan.partial / "tokenizer.json", written, type=cast(FloatType, kind), name=plan.name,
-                       quantised=_shared(plan) if plan.shared else None,
-                       progress=lambda done, total, _name: progress("gguf", done, total))
-    if not straight:
-        from edgeguard.convert.gguf_quantize import quantise_gguf
-
-        types = quantise_gguf(written, out, plan.precision, threads=plan.threads)
-        written.unlink()
-    return types
+    plan = work.plan
+    return write_gguf(truth.weights, plan.partial / "tokenizer.json", plan.partial / "model.gguf", type=plan.precision,
+                      name=plan.name, quantised=_shared(plan, truth) if plan.shared else None, kinds=_gguf_kinds(plan),
+                      importance=truth.importance, threads=plan.threads, identity=work.identity, progress=work.progress)
 
 
-_WRITERS: dict[str, Callable[[Plan, Truth, Progress], dict[str, int]]] = {
+_WRITERS: dict[str, Callable[[Work, Truth], dict[str, int]]] = {
     "guard": _write_onnx, "optimum": _write_optimum, "gguf": _write_gguf,
 }
 
 
-def _shared(plan: Plan) -> Callable[[str], QuantisedTensor | None]:
+def _gguf_kinds(plan: Plan) -> dict[str, str]:
+    """Types of the matrices whose weights are those of the ONNX artifact too."""
+    return {name: "Q4_0" if plan.precision == "q4_0" and name not in OUTER else "Q8_0"
+            for name, size in expected(plan.source.weights.shape).items() if plan.shared and len(size) == 2}
+
+
+def _shared(plan: Plan, truth: Truth) -> Callable[[str], QuantisedTensor | None]:
     """Quantises each matrix in the one way that both formats can hold; embeddings and head have 8 bits always."""
-    weights: Weights = plan.source.weights
+    weights = truth.weights
 
     def quantised(name: str) -> QuantisedTensor | None:
         if name.endswith("norm.weight"):
             return None
-        outer = name in ("model.embed_tokens.weight", "lm_head.weight")
-        stored = "model.embed_tokens.weight" if outer and weights.shape.tied else name
-        return (int8_rows if outer else SHARED[plan.precision])(name, weights.tensor(stored))
+        outer = name in OUTER
+        stored = OUTER[0] if outer and weights.shape.tied else name
+        quantise = partial(int8_rows if outer else SHARED[plan.precision], importance=truth.importance(stored))
+        return pieces.quantised(weights, stored, quantise, plan.threads or default_threads(), name)
 
     return quantised
 
 
-def _gate(plan: Plan, manifest: Manifest, truth: Truth, progress: Progress) -> dict[str, Any]:
+def _gate(work: Work, manifest: Manifest, truth: Truth) -> dict[str, Any]:
     """The comparison's numbers; raises `ConversionError` when they are not good enough."""
-    backend = _backend(Artifact(plan.partial, manifest), plan.threads)
-    try:
-        found = gate.answers_of(backend, truth.prefixes, truth.entries, truth.rows, progress)
-    finally:
-        backend.shutdown()
+    plan, questions = work.plan, work.questions
+    found = _answers(work, Artifact(plan.partial, manifest), truth.rows)
     wanted: FloatArray = truth.walked.logits[:, list(truth.rows)]
     safe, unsafe = (np.searchsorted(truth.rows, [ids[0] for ids in forms]).tolist()
-                    for forms in (truth.answers.safe, truth.answers.unsafe))
+                    for forms in (questions.answers.safe, questions.answers.unsafe))
     numbers = gate.measure(wanted, found, safe, unsafe, plan.precision)
     gate.judge(numbers, plan.precision)
     return numbers
 
 
-def _backend(artifact: Artifact, threads: int | None) -> Backend:
-    if artifact.kind == "onnx":
-        from edgeguard.backends.onnx import OnnxBackend
-
-        return OnnxBackend(artifact, device="cpu", threads=threads)
-    from edgeguard.backends.llama import LlamaBackend
-
-    return LlamaBackend(artifact.weights, device="cpu", threads=threads)
+def _answers(work: Work, artifact: Artifact, rows: Sequence[int]) -> FloatArray:
+    """The artifact's to the questions."""
+    plan, questions, large = work.plan, work.questions, artifact.size > room.PREPACKED
+    if large and plan.kind == "onnx" and plan.exporter == "guard":
+        return gate_pieces.answers_of(artifact, questions.entries, rows, plan.threads, work.progress)
+    backend = gate.runtime_of(artifact, plan.threads, questions.longest, copies=not large)
+    try:
+        return gate.answers_of(backend, questions.prefixes, questions.entries, rows, work.progress)
+    finally:
+        backend.shutdown()
 
 
 def _rename(plan: Plan) -> None:

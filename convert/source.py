@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgeguard.errors import ModelFileError, ModelMismatchError, ModelNotFoundError
-from edgeguard.store import Model, locate, pull, resolve, sha256
+from edgeguard.store import Model, locate, pull, resolve
 from edgeguard.store.catalogue import HUB_ID
 from edgeguard.store.files import Progress
 from edgeguard.weights import SafetensorsWeights, Weights
@@ -45,12 +44,10 @@ class Source:
 
         path.write_text(json.dumps(tokenizer_json(self.path), ensure_ascii=False), encoding="utf-8")
 
-    def sha256(self, progress: Progress | None = None) -> str:
-        """Of a GGUF's bytes; of a folder, over the hashes of its weights and config.json in the order of their names."""
-        if self.kind == "gguf":
-            return sha256(self.path, progress)
-        files = sorted([*self.path.glob("*.safetensors"), self.path / "config.json"])
-        return hashlib.sha256("".join(f"{file.name} {sha256(file, progress)}\n" for file in files).encode()).hexdigest()
+    @property
+    def files(self) -> list[Path]:
+        """What its hash is of: a GGUF, or a folder's weights and config.json in the order of their names."""
+        return [self.path] if self.kind == "gguf" else sorted([*self.path.glob("*.safetensors"), self.path / "config.json"])
 
 
 def open_source(given: str | Path, tokenizer: Path | None = None, progress: Progress | None = None) -> Source:

@@ -8,18 +8,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from edgeguard import machine, profiles, store
+from edgeguard import __version__, machine, profiles, store
 from edgeguard.architecture import Shape
 from edgeguard.backends.base import Backend
 from edgeguard.errors import EdgeGuardError, InputError, ModelMemoryError, ModelMismatchError, RuntimeMissingError
-from edgeguard.gguf_check import check_gguf
 from edgeguard.profiles import Profile
-from edgeguard.store import Artifact, BareModel, FileRecord, Manifest, Model
+from edgeguard.store import Artifact, BareModel, FileRecord, Manifest, Model, PrefixCache, Tuned
 from edgeguard.tokenizer import GgufTokenizer, JsonTokenizer, Tokenizer
 from edgeguard.verdict import ModelIdentity
 from edgeguard.weights import read_json
 
 MAX_THREADS = 1024
+MAPPED = 0.1
+"""Bytes of memory for each byte of weights that are mapped as they are packed."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,10 @@ class Runtime:
     package: str
     extra: str
     copies: float
-    """Bytes in memory for each byte of weights on disk: ONNX Runtime maps the file and keeps a packed copy of it."""
+    """Bytes of memory for each byte of weights on disk that cannot be dropped again: both runtimes map the file, whose pages
+    can, and keep a packed copy."""
+    keys_values: float
+    """Bytes of memory for each byte of a full context's keys and values in float32."""
 
     @property
     def installed(self) -> bool:
@@ -42,9 +46,9 @@ class Runtime:
 
 # in the order in which `auto` tries them: the int8 guard graph is ahead of llama.cpp on CPUs (docs/how-it-works.md)
 RUNTIMES = (
-    Runtime("onnx", "onnx", "onnxruntime", "onnxruntime", "cpu", 2.0),
-    Runtime("llama", "gguf", "llama_cpp", "llama-cpp-python", "llama", 1.0),
-    Runtime("reference", "hf", "numpy", "numpy", "cpu", 2.0),
+    Runtime("onnx", "onnx", "onnxruntime", "onnxruntime", "cpu", 1.1, 1.0),
+    Runtime("llama", "gguf", "llama_cpp", "llama-cpp-python", "llama", 1.0, 0.5),
+    Runtime("reference", "hf", "numpy", "numpy", "cpu", 2.0, 1.0),
 )
 
 
@@ -55,6 +59,10 @@ class Choice:
     runtime: Runtime
     model: Model
     reason: str
+    threads: int | None = None
+    """As measured on this machine; None leaves it to the backend."""
+    prepacked: bool = False
+    """Weights are mapped in the form in which the runtime multiplies them; also measured."""
 
     @property
     def backend(self) -> str:
@@ -72,10 +80,18 @@ class Parts:
     identity: ModelIdentity
 
 
-def choose(model: str | Path | None = None, backend: str = "auto") -> Choice:
-    """The backend and the model's files; raises `RuntimeMissingError`, `ModelError`, or `InputError` for an unknown backend."""
+def choose(model: str | Path | None = None, backend: str = "auto", device: str = "auto") -> Choice:
+    """The backend and the model's files; for `auto`, what `edgeguard tune` chose on this machine, if it still fits.
+
+    Raises `RuntimeMissingError`, `ModelError`, or `InputError` for an unknown backend.
+    """
     if backend != "auto":
         return _named(model, backend)
+    return (tuned_choice(model) if device == "auto" else None) or default_choice(model)
+
+
+def default_choice(model: str | Path | None = None) -> Choice:
+    """As long as nothing was measured: the first of `RUNTIMES` that is installed and reads what the model has."""
     held = {each.kind for each in store.scan(store.locate(model))}
     fitting = [runtime for runtime in RUNTIMES if runtime.kind in held]
     for runtime in fitting:
@@ -84,6 +100,45 @@ def choose(model: str | Path | None = None, backend: str = "auto") -> Choice:
             why = "; ".join([*passed_over, f"the model has {runtime.kind} weights and {runtime.package} is installed"])
             return Choice(runtime, store.resolve(model, (runtime.kind,)), why)
     raise RuntimeMissingError(fitting[0].package, fitting[0].extra)
+
+
+def tuned_choice(model: str | Path | None) -> Choice | None:
+    """What was measured to be the fastest here, or None: nothing was measured, or not with this machine and these runtimes."""
+    tuned, _ = tuned_record(model)
+    if tuned is None:
+        return None
+    setting = tuned.setting
+    for runtime in RUNTIMES:
+        for each in store.scan(store.locate(model)):
+            fits = runtime.installed and (runtime.backend, runtime.kind) == (setting.backend, each.kind)
+            if fits and store.digest(each, known=True) == setting.artifact:
+                why = f"measured on this machine on {tuned.created[:10]}: {tuned.reason}"
+                return Choice(runtime, each, why, setting.threads, setting.prepacked)
+    return None
+
+
+def tuned_record(model: str | Path | None) -> tuple[Tuned | None, str]:
+    """What `edgeguard tune` stored for a model, or None and why there is none to follow."""
+    path = store.tuned_path([store.digest(each, known=True) for each in store.scan(store.locate(model))])
+    return store.read_tuned(path, machine_key() if path.is_file() else {})
+
+
+def keep_tuned(model: str | Path | None, tuned: Tuned) -> None:
+    """Store what was measured for a model; raises `StoreError`."""
+    path = store.tuned_path([store.digest(each, known=True) for each in store.scan(store.locate(model))])
+    store.write_tuned(path, machine_key(), tuned)
+
+
+def machine_key() -> dict[str, str]:
+    """All on which speed depends beside the model."""
+    installed = (f"{runtime.name} {runtime.version}" for runtime in machine.runtimes() if runtime.version)
+    return {"processor": cpu_key(), "threads": str(machine.default_threads()), "runtimes": ", ".join(installed), "edgeguard": __version__}
+
+
+def cpu_key() -> str:
+    """This machine's processor, as a part of keys."""
+    cpu = machine.cpu()
+    return " ".join([cpu.arch, cpu.vendor, cpu.model, *sorted(cpu.flags)])
 
 
 def _named(model: str | Path | None, backend: str) -> Choice:
@@ -104,18 +159,45 @@ def load_parts(model: str | Path | None = None, *, backend: str | Backend = "aut
         raise InputError(f"threads is {repr(threads)[:40]}; a whole number from 1 to {MAX_THREADS} is needed.")
     if not isinstance(backend, str):
         return _given(model, backend, profile)
-    choice = choose(model, backend)
+    return open_choice(choose(model, backend, device), device=device, threads=threads, profile=profile)
+
+
+def open_choice(choice: Choice, *, device: str = "auto", threads: int | None = None, profile: str | None = None) -> Parts:
+    """Load what was chosen; raises what `Guard.load` does."""
     found = choice.model
     named = _profile(found, profile)
     store.check_files(found)
     tokenizer = _tokenizer(found.tokenizer)
     _check_memory(choice)
-    running = _OPEN[choice.backend](found, device, threads)
+    running = _OPEN[choice.backend](choice, device, threads or choice.threads, prefix_cache(found, named))
     rows = int(running.info.head_ids[-1]) + 1
     if tokenizer.vocab_size < rows:
         running.shutdown()
         raise ModelMismatchError(f"The tokenizer of {found.name} has {tokenizer.vocab_size} ids, its model answers with {rows}.")
     return Parts(running, tokenizer, named, _identity(found.name, _weights_hash(found), named, running))
+
+
+def prefix_cache(model: Model, profile: Profile) -> PrefixCache | None:
+    """The prefix states on disk that this model may restore; None for one that cannot be told from others."""
+    known = store.digest(model)
+    identity = {"model": known, "profile": profile.name, "processor": cpu_key()}
+    return PrefixCache(store.cache_folder() / "prefixes", identity) if known else None
+
+
+def packed_folder() -> Path:
+    """Where weights lie as this machine's runtime multiplies them."""
+    return store.cache_folder() / "prepacked"
+
+
+def prepack(artifact: Artifact) -> None:
+    """Write an ONNX artifact's weights once more, packed for this machine, unless that was done; as large as twice the weights.
+
+    Raises `StoreError`, `InferenceError`, and what loading the artifact does.
+    """
+    from edgeguard.backends import onnx, onnx_session, prepacked
+
+    if prepacked.find(artifact, packed_folder(), onnx_session.build()) is None:
+        onnx.make_prepacked(artifact, packed_folder())
 
 
 def _given(model: str | Path | None, backend: Backend, profile: str | None) -> Parts:
@@ -152,18 +234,20 @@ def _profile(model: Model, asked: str | None) -> Profile:
 def _tokenizer(path: Path) -> Tokenizer:
     if path.suffix != ".gguf":
         return JsonTokenizer.load(path)
+    from edgeguard.gguf_check import check_gguf
+
     check_gguf(path)  # llama.cpp only says that it failed, or fails worse
     return GgufTokenizer.load(path)
 
 
-def needed_memory(runtime: Runtime, model: Model) -> int:
-    """Bytes that the model will take, weights and a full context's keys and values: an estimate."""
+def needed_memory(runtime: Runtime, model: Model, *, prepacked: bool = False) -> int:
+    """Bytes that the model will take, weights (unless mapped as they are packed) and one full context: an estimate."""
     keys_values = model.manifest.shape.kv_bytes * min(model.manifest.shape.context, 8192) if isinstance(model, Artifact) else 0
-    return int(model.size * runtime.copies) + keys_values
+    return int(model.size * (MAPPED if prepacked else runtime.copies) + keys_values * runtime.keys_values)
 
 
 def _check_memory(choice: Choice) -> None:
-    needed, free = needed_memory(choice.runtime, choice.model), machine.available_memory()
+    needed, free = needed_memory(choice.runtime, choice.model, prepacked=choice.prepacked), machine.available_memory()
     if needed <= free:
         return
     smaller = _smaller(choice.model, free)
@@ -197,10 +281,10 @@ def _beside(model: Model) -> Iterator[Artifact]:
 
 
 def _weights_hash(model: Model) -> str:
-    """SHA-256 of the file that holds the weights, by the manifest; empty without one."""
-    files = model.manifest.files.values() if isinstance(model, Artifact) else ()
-    weights = max(files, key=lambda record: record.size, default=None)
-    return weights.sha256 if weights else ""
+    """SHA-256 of the file that holds the weights, by the manifest or, of a bare GGUF, as remembered; else empty."""
+    if not isinstance(model, Artifact):
+        return store.digest(model, known=True)
+    return max(model.manifest.files.values(), key=lambda record: record.size).sha256
 
 
 def _identity(name: str, sha256: str, profile: Profile, backend: Backend) -> ModelIdentity:
@@ -215,26 +299,31 @@ def _export(model: BareModel) -> Artifact:
     return Artifact(model.folder, Manifest(model.name, "onnx", "", "exported", model.weights.name, files, shape))
 
 
-def _onnx(model: Model, device: str, threads: int | None) -> Backend:
+def _onnx(choice: Choice, device: str, threads: int | None, cache: PrefixCache | None) -> Backend:
     from edgeguard.backends.onnx import OnnxBackend
 
-    return OnnxBackend(model if isinstance(model, Artifact) else _export(model), device=device, threads=threads)
+    model = choice.model
+    prepacked = packed_folder() if choice.prepacked and isinstance(model, Artifact) else None
+    return OnnxBackend(model if isinstance(model, Artifact) else _export(model), device=device, threads=threads, cache=cache,
+                       prepacked=prepacked)
 
 
-def _llama(model: Model, device: str, threads: int | None) -> Backend:
+def _llama(choice: Choice, device: str, threads: int | None, cache: PrefixCache | None) -> Backend:
     from edgeguard.backends.llama import LlamaBackend
 
-    return LlamaBackend(model.weights, device=device, threads=threads)
+    return LlamaBackend(choice.model.weights, device=device, threads=threads, cache=cache)
 
 
-def _reference(model: Model, device: str, threads: int | None) -> Backend:  # noqa: ARG001  NumPy sets its own threads
+def _reference(choice: Choice, device: str, threads: int | None, cache: PrefixCache | None) -> Backend:  # noqa: ARG001  the plain way
     from edgeguard.backends.reference import ReferenceBackend
     from edgeguard.errors import DeviceError
     from edgeguard.weights import SafetensorsWeights
 
     if device not in ("auto", "cpu"):
         raise DeviceError(f"The reference backend runs on the cpu only, not on {device!r}.")
-    return ReferenceBackend(SafetensorsWeights(model.folder))
+    return ReferenceBackend(SafetensorsWeights(choice.model.folder))
 
 
-_OPEN: dict[str, Callable[[Model, str, int | None], Backend]] = {"onnx": _onnx, "llama": _llama, "reference": _reference}
+_OPEN: dict[str, Callable[[Choice, str, int | None, PrefixCache | None], Backend]] = {
+    "onnx": _onnx, "llama": _llama, "reference": _reference,
+}  # fmt: skip

@@ -7,7 +7,6 @@ on any other. Nothing is read or set at import.
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import os
 import platform
 import re
@@ -123,13 +122,21 @@ def default_threads() -> int:
 
 def threads() -> Threads:
     """As `default_threads`, with the reason."""
+    # psutil counts no cores in some containers and on some ARM boards
+    return _allowed(psutil.cpu_count(logical=False) or os.cpu_count() or 1)
+
+
+def most_threads() -> int:
+    """All CPUs that this process may use, a core as often as it runs threads; what `default_threads` is tried against."""
+    return _allowed(os.cpu_count() or 1).count
+
+
+def _allowed(cores: int) -> Threads:
     try:
         affinity = len(psutil.Process().cpu_affinity() or ())
     except (AttributeError, psutil.Error):  # macOS has none
         affinity = 0
-    logical = os.cpu_count() or 1
-    # psutil counts no cores in some containers and on some ARM boards
-    return choose_threads(psutil.cpu_count(logical=False) or logical, affinity or logical, cpu_quota(_membership()))
+    return choose_threads(cores, affinity or os.cpu_count() or 1, cpu_quota(_membership()))
 
 
 def choose_threads(cores: int, affinity: int, quota: float | None) -> Threads:
@@ -226,6 +233,8 @@ def runtime_conflict(installed: Sequence[Runtime]) -> str | None:
 
 
 def _version(distribution: str) -> str | None:
+    import importlib.metadata  # slow, and no verdict needs it
+
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

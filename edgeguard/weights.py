@@ -6,7 +6,7 @@ import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from edgeguard.errors import ModelFileError
 
 # bfloat16 is the upper half of a float32; numpy has no name for it, so it is kept as uint16
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+Rows: TypeAlias = slice | NDArray[np.int64]
+"""Which rows of a tensor: a slice, or their numbers."""
 MAX_HEADER = 100_000_000  # bytes, the limit that the safetensors format itself sets
 
 
@@ -35,6 +37,10 @@ class Weights(Protocol):
         """A float32 copy of one tensor; raises `ModelFileError` when it is missing."""
         ...
 
+    def rows(self, name: str, index: Rows) -> NDArray[np.float32]:
+        """A float32 copy of some rows of a tensor; the others are not widened, and where possible not read."""
+        ...
+
     def raw(self, name: str) -> tuple[NDArray[Any], str]:
         """The tensor as stored and its type (`F32`, `F16`, `BF16` as uint16, or a GGUF type)."""
         ...
@@ -43,7 +49,9 @@ class Weights(Protocol):
 def widen(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
     """float32 from a stored tensor; bfloat16 comes as uint16."""
     if dtype == "BF16":
-        return (values.astype(np.uint32) << 16).view(np.float32)
+        bits = values.astype(np.uint32)
+        bits <<= 16  # in place: a layer's largest matrix has 59 million weights
+        return bits.view(np.float32)
     return values.astype(np.float32)
 
 
@@ -120,6 +128,11 @@ class SafetensorsWeights:
     def tensor(self, name: str) -> NDArray[np.float32]:
         """A float32 copy of one tensor."""
         return widen(*self.raw(name))
+
+    def rows(self, name: str, index: Rows) -> NDArray[np.float32]:
+        """A float32 copy of some rows; no others are read."""
+        values, dtype = self.raw(name)
+        return widen(values[index], dtype)
 
 
 def _checked(file: Path, name: str, entry: Mapping[str, Any], base: int, size: int) -> tuple[Path, str, list[int], int]:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,10 @@ from edgeguard import cli as main_cli
 from edgeguard import profiles
 from edgeguard.answers import Answers
 from edgeguard.backends.scripted import ScriptedBackend
-from edgeguard.bench import cli, metrics, speed, texts
+from edgeguard.bench import metrics, texts
 from edgeguard.bench.metrics import Counts
 from edgeguard.bench.rows import judge_rows, read_rows
-from edgeguard.bench.speed import PEER, Answer, Course, Setting
-from edgeguard.errors import InferenceError, InputError, RuntimeMissingError, StoreError
+from edgeguard.errors import InferenceError, InputError, StoreError
 from edgeguard.guard import Guard
 from edgeguard.tokenizer import JsonTokenizer
 from edgeguard.verdict import ModelIdentity
@@ -297,123 +295,3 @@ def test_errors_end_in_status_2(arguments: list[str], tmp_path: Path, monkeypatc
     write(tmp_path / "bad.jsonl", [GOOD, "{"])
     monkeypatch.chdir(tmp_path)
     assert run("accuracy", *arguments) == 2
-
-
-# speed
-
-
-class FakeEngine:
-    """Answers at once, and remembers what it was asked."""
-
-    facts: Mapping[str, Any] = {"runtime": "fake 1", "device": "cpu", "precision": "fp32", "threads": 1, "sha256": "1" * 64}
-
-    def __init__(self, setting: Setting, asked: list[list[str]] | None = None) -> None:
-        self.asked = [] if asked is None else asked
-        self.closed = False
-
-    def answers(self, messages: Sequence[str]) -> list[Answer]:
-        assert not self.closed
-        self.asked.append(list(messages))
-        return [Answer("unsafe\nS1" if "bomb" in message else "safe", 200 + len(message.split())) for message in messages]
-
-    def close(self) -> None:
-        self.closed = True
-
-
-def missing(setting: Setting) -> FakeEngine:
-    raise RuntimeMissingError(PEER, "llama")
-
-
-def broken(setting: Setting) -> FakeEngine:
-    raise RuntimeError("libggml.so is not there")
-
-
-def no_child(engines: speed.Engines, engine: str, setting: Setting, message: str) -> dict[str, Any]:
-    """A cold start without a process."""
-    try:
-        engines[engine](setting).answers([message])
-    except Exception as error:
-        return {"error": str(error)}
-    return {"load_s": 1.0, "first_ms": 50.0, "resident": 200_000_000, "anonymous": None}
-
-
-def course(**engines: Callable[[Setting], FakeEngine]) -> Course:
-    all_engines: dict[str, Any] = {PEER: FakeEngine, "llama": FakeEngine, "onnx": FakeEngine, **engines}
-    return Course(Setting(), all_engines, partial(no_child, all_engines))
-
-
-def test_every_contender_gets_the_same_distinct_messages() -> None:
-    asked: dict[str, list[list[str]]] = {PEER: [], "onnx": []}
-    running = course(**{name: partial(FakeEngine, asked=calls) for name, calls in asked.items()})
-    shares: list[float] = []
-    rows = running.run(20, 2, done=shares.append)["rows"]
-    assert sum(shares) == pytest.approx(1)
-    single = {name: [call[0] for call in calls if len(call) == 1] for name, calls in asked.items()}
-    assert single[PEER] == single["onnx"] and len(set(single[PEER])) == len(single[PEER]) == 2 * 20 * 2 + 2 + 2
-    packed = [call for call in asked["onnx"] if len(call) > 2]
-    assert [len(call) for call in packed] == [10] * 8, "20 messages are two packs of ten, not 16 and 4"
-    assert sorted(chain.from_iterable(packed)) == sorted(single["onnx"][4:])
-    by_name = {each["name"]: each for each in rows}
-    assert [each["kinds"]["harmful"]["messages"] for each in rows] == [40] * 4
-    assert by_name[PEER]["kinds"]["harmless"]["times_faster"] == 1
-    assert by_name["edgeguard llama"]["kinds"]["harmful"]["same_answer"] == 40
-    harmful = by_name["edgeguard onnx"]["kinds"]["harmful"]
-    assert 0 < harmful["judged_unsafe"] < 40 and harmful["ms_judged_unsafe"] > 0
-    assert by_name["edgeguard onnx, packed"]["kinds"]["harmful"]["ms_judged_unsafe"] is None
-    assert by_name["edgeguard onnx"]["cold"] == {"load_s": 1, "first_ms": 50, "resident": 200_000_000, "anonymous": None}
-
-
-@pytest.mark.parametrize(("fails", "reason"), [(missing, 'pip install "edgeguard[llama]"'), (broken, "libggml.so is not there")])
-def test_what_cannot_run_is_a_row_with_its_reason(
-    fails: Callable[[Setting], FakeEngine], reason: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(cli, "Course", lambda _: course(**{PEER: fails}))
-    assert run("speed", "--messages", "2", "--rounds", "1") == 0
-    shown = capsys.readouterr().out
-    assert f"{PEER} was not measured: " in shown and reason in shown
-    result = json.loads(shown.splitlines()[-1])
-    assert [each["measured"] for each in result["rows"]] == [False, True, True, True]
-    assert reason in result["rows"][0]["reason"]
-    assert result["rows"][1]["kinds"]["harmless"]["times_faster"] is None
-    assert result["machine"]["load"] and result["versions"]["python"] and result["settings"]["messages"] == 2
-
-
-def test_an_engine_that_fails_on_the_way_stops_only_itself() -> None:
-    class Tired(FakeEngine):
-        def answers(self, messages: Sequence[str]) -> list[Answer]:
-            if len(self.asked) == 5:
-                raise InferenceError("not a number")
-            return super().answers(messages)
-
-    rows = course(llama=Tired).run(4, 1)["rows"]
-    assert [each["measured"] for each in rows] == [True, False, True, True]
-    assert rows[1]["reason"] == "not a number"
-
-
-def test_nothing_measured_is_status_2(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli, "Course", lambda _: course(**dict.fromkeys((PEER, "llama", "onnx"), missing)))
-    assert run("speed", "--messages", "1", "--rounds", "1") == 2
-    assert capsys.readouterr().out.count("not measured") >= 4
-
-
-@pytest.mark.parametrize("engine", speed.ENGINES)
-def test_a_cold_start_that_fails_in_its_process_says_why(engine: str) -> None:
-    assert "no-such-model" in speed.in_child(engine, Setting("no-such-model", threads=1), "Hello.")["error"]
-
-
-def test_the_built_in_model_on_every_engine(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("speed", "--messages", "2", "--rounds", "1", "--threads", "1", "--device", "cpu") == 0
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    assert [each.get("reason") for each in rows] == [None] * 4
-    prompts = [[each["kinds"][kind]["prompt_tokens"] for kind in texts.KINDS] for each in rows]
-    assert prompts == prompts[:1] * 4, "llama-cpp-python reads the very same prompts"
-    assert rows[0]["sha256"] == rows[1]["sha256"] != rows[2]["sha256"]
-    assert all(each["kinds"]["harmless"]["ms"] > 0 and each["cold"]["resident"] > 1e7 for each in rows)
-    assert rows[1]["kinds"]["harmless"]["same_answer"] == 2
-
-
-@pytest.mark.parametrize(("count", "sizes"), [(1, [1]), (16, [16]), (17, [8, 9]), (24, [12, 12]), (33, [11, 11, 11])])
-def test_packs_are_even(count: int, sizes: list[int]) -> None:
-    block = [str(number) for number in range(count)]
-    assert [len(pack) for pack in speed.packs(block, 16)] == sizes
-    assert list(chain.from_iterable(speed.packs(block, 16))) == block

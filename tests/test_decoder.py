@@ -15,6 +15,7 @@ from edgeguard.decoder import MASS_FLOOR, Decision, decide, decide_many
 from edgeguard.errors import CancelledError, ContextLengthError, DeadlineError, InferenceError, InputError, ModelMismatchError
 
 PROMPT = (1000, 7, 8)
+SEVERAL = 7  # seed of a script of llama3 that lists several codes, and so takes two passes
 OTHERS = (3, 271, 11, 50000)  # rows that are no part of an answer
 
 
@@ -269,11 +270,10 @@ def test_exploring_everything_is_exact_and_takes_two_passes(name: str, monkeypat
     monkeypatch.setattr(decoder, "BRANCHES", 10**6)
     monkeypatch.setattr(decoder, "LIKELY", 0.0)
     scripts = [Script(SMALL[name], seed) for seed in range(20)]
-    longer = [(script, decision) for script in scripts if len((decision := check(script, threshold=0.0)[0]).codes) > 1]
-    assert longer  # the first pass decides about a single code without exploring the rest
-    for script, decision in longer:
+    decided = [(script, check(script, threshold=0.0)[0]) for script in scripts]
+    assert {decision.passes for _, decision in decided} == {1, 2}  # one pass decides about a single code without exploring the rest
+    for script, decision in ((script, decision) for script, decision in decided if decision.passes == 2):
         everything = lists(script)
-        assert decision.passes == 2
         assert decision.unexplored == 0
         for code, name_ in enumerate(script.answers.codes):
             exact = sum(share for share, codes in everything.values() if code in codes)
@@ -281,7 +281,7 @@ def test_exploring_everything_is_exact_and_takes_two_passes(name: str, monkeypat
 
 
 @pytest.mark.parametrize("name", ["llama3", "smollm"])
-@pytest.mark.parametrize(("codes", "passes"), [("S1", 1), ("S10", 1), ("S11", 1), ("S1,S9", 2), ("S2,S3", 2), ("S10,S1", 2), ("S1,S2,S3", 3),
+@pytest.mark.parametrize(("codes", "passes"), [("S1", 1), ("S11", 1), ("S1,S9", 2), ("S2,S3", 2), ("S10,S1", 2), ("S1,S2,S3", 3),
                                                ("S3,S1,S10,S11", 4), (",".join(f"S{number}" for number in range(1, 12)), 11)])
 def test_a_pass_for_each_code_is_enough(name: str, codes: str, passes: int) -> None:
     """A model that is fairly sure, and for which the second code of the list was the second best first one."""
@@ -353,7 +353,7 @@ def test_score_and_mass_sum_the_surface_forms() -> None:
     assert decision.score == pytest.approx(unsafe / (safe + unsafe))
     assert decision.mass == pytest.approx((safe + unsafe) / (safe + unsafe + (len(script.head) - 6) * np.exp(-0.5)))
     assert not decision.unsafe
-    assert (decision.raw, decision.codes, decision.probabilities, decision.passes, decision.decoded) == ("safe", (), {}, 0, 0)
+    assert (decision.raw, decision.codes, decision.probabilities, decision.passes) == ("safe", (), {}, 0)
 
 
 def test_list_goes_on_from_the_likeliest_unsafe_form() -> None:
@@ -380,11 +380,6 @@ def test_a_tie_is_unsafe_at_the_threshold() -> None:
     assert decision.unsafe
 
 
-def seed_of_several(answers: Answers) -> int:
-    """Of a script that lists several codes, and so takes more than one pass."""
-    return next(seed for seed in range(100) if len(plain_greedy(Script(answers, seed))) > 1)
-
-
 @pytest.mark.parametrize("threshold", [-0.01, 1.01, float("nan"), float("inf"), float("-inf")])
 def test_thresholds_outside_zero_to_one(threshold: float) -> None:
     with pytest.raises(InputError, match="threshold"):
@@ -404,7 +399,7 @@ def test_logits_that_are_not_finite_are_no_verdict(bad: float, row: int, depth: 
                 logits[row] = bad
             return logits
 
-    backend = backend_of(Bad(answers, seed_of_several(answers)))
+    backend = backend_of(Bad(answers, SEVERAL))
     first = backend.open(PROMPT, Run())
     with pytest.raises(InferenceError, match="NaN or infinite"):
         decide(backend, first, answers, Run(), threshold=0.0)
@@ -476,8 +471,7 @@ def test_one_that_fails_fails_all_and_leaves_no_node() -> None:
 ])
 @pytest.mark.parametrize("after", [1, 2])
 def test_cancel_between_passes_leaves_no_node(stop: Callable[[Run], None], error: type[Exception], after: int) -> None:
-    answers, run = VOCABULARIES["llama3"], Run()
-    script = Script(answers, seed_of_several(answers))
+    script, run = Script(VOCABULARIES["llama3"], SEVERAL), Run()
     backend = backend_of(script)
     node = backend.open(PROMPT, run)
     extend = backend.extend

@@ -101,6 +101,9 @@ def test_damaged_weights_fail_and_are_not_kept(tmp_path: Path, monkeypatch: pyte
             tensor = self.weights.tensor(name)
             return np.roll(tensor, 1, axis=0) * damage + tensor * (1 - damage) if name.endswith("down_proj.weight") else tensor
 
+        def rows(self, name: str, index: Any) -> np.ndarray:
+            return self.tensor(name)[index]
+
     monkeypatch.setattr(guard_graph, "build", lambda weights, *rest, **options: build(Damaged(weights), *rest, **options))
     with pytest.raises(ConversionError, match=f"{precision} artifact failed the gate"):
         convert(source, tmp_path / "out", target="onnx", precision=precision, threads=1)

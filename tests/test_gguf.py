@@ -1,4 +1,4 @@
-"""Checkpoints to GGUF and back, vocabularies both ways, and llama.cpp's quantising."""
+"""Checkpoints to GGUF and back, and vocabularies both ways."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,11 @@ from vocabularies import messages, write_llama_2, write_smollm
 from edgeguard.architecture import Shape
 from edgeguard.convert import gguf_tokenizer
 from edgeguard.convert.gguf_file import rope_factors, write_gguf
-from edgeguard.convert.gguf_quantize import TYPES, quantise_gguf
 from edgeguard.convert.gguf_source import GgufWeights, tokenizer_json
 from edgeguard.convert.quantize import Int4Blocks, Int8Rows, int4_blocks, int8_rows
-from edgeguard.errors import ConversionError, ModelFileError, StoreError
+from edgeguard.errors import ConversionError, ModelFileError
 from edgeguard.gguf_check import check_gguf
-from edgeguard.weights import SafetensorsWeights, expected
+from edgeguard.weights import Rows, SafetensorsWeights, expected
 
 SHAPE = Shape(layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=0, context=128, rope_theta=10000.0, rms_eps=1e-5,
               tied=False)
@@ -43,6 +41,9 @@ class RandomWeights:
 
     def tensor(self, name: str) -> NDArray[np.float32]:
         return self.values[name]
+
+    def rows(self, name: str, index: Rows) -> NDArray[np.float32]:
+        return self.values[name][index]
 
     def raw(self, name: str) -> tuple[NDArray[Any], str]:
         return self.values[name], "F32"
@@ -86,25 +87,42 @@ def test_half_types_round_to_the_nearest(small: tuple[RandomWeights, Path], tmp_
 
 def test_quantised_values_come_back_exactly(small: tuple[RandomWeights, Path], tmp_path: Path) -> None:
     weights, tokenizer = small
+    kinds = {name: "Q4_0" if "mlp" in name or "k_proj" in name else "Q8_0"
+             for name, values in weights.values.items() if values.ndim == 2 and name != "lm_head.weight"}
     made: dict[str, Int8Rows | Int4Blocks] = {}
 
-    def quantised(name: str) -> Int8Rows | Int4Blocks | None:
-        if weights.values[name].ndim == 1 or name == "lm_head.weight":
-            return None
+    def quantised(name: str) -> Int8Rows | Int4Blocks:
         assert name not in made, "each tensor is quantised once"
-        made[name] = (int4_blocks if "mlp" in name or "k_proj" in name else int8_rows)(name, weights.values[name])
+        made[name] = (int4_blocks if kinds[name] == "Q4_0" else int8_rows)(name, weights.values[name])
         return made[name]
 
-    seen = []
-    types = write_gguf(weights, tokenizer, tmp_path / "m.gguf", quantised=quantised, progress=lambda *step: seen.append(step))
+    types = write_gguf(weights, tokenizer, tmp_path / "m.gguf", quantised=quantised, kinds=kinds)
     assert types == {"Q8_0": 7, "Q4_0": 8, "F16": 1, "F32": 5}
-    assert (seen[0][:2], seen[-1]) == ((0, 21), (21, 21, ""))
     back = GgufWeights(tmp_path / "m.gguf")
     for name, tensor in made.items():
         np.testing.assert_array_equal(back.tensor(name), tensor.dequantised())
     # in llama.cpp's own reading of a block, too
     stored, kind = back.raw("model.layers.1.mlp.up_proj.weight")
     assert (kind, stored.shape) == ("Q4_0", (96, 64 // 32 * 18))
+
+
+def test_progress_counts_the_bytes_of_a_16_bit_source(small: tuple[RandomWeights, Path], tmp_path: Path) -> None:
+    weights, tokenizer = small
+    seen: list[tuple[str, int, int]] = []
+    write_gguf(weights, tokenizer, tmp_path / "m.gguf", progress=lambda *step: seen.append(step))
+    total = 2 * weights.shape.parameters
+    assert total == 2 * sum(values.size for values in weights.values.values())
+    assert (seen[0], seen[-1]) == (("gguf", 0, total), ("gguf", total, total))
+    assert [done for _, done, _ in seen] == sorted(done for _, done, _ in seen)
+
+
+@pytest.mark.parametrize("index", [slice(30, 50), np.array([63, 0, 31, 32])])
+def test_rows_of_a_gguf_are_those_of_its_tensor(small: tuple[RandomWeights, Path], tmp_path: Path, index: Rows) -> None:
+    weights, tokenizer = small
+    write_gguf(weights, tokenizer, tmp_path / "m.gguf", type="q8_0", threads=1)
+    back = GgufWeights(tmp_path / "m.gguf")
+    for name in ("model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.up_proj.weight", "model.norm.weight"):
+        np.testing.assert_array_equal(back.rows(name, index), back.tensor(name)[index])
 
 
 def test_rope_scaling_of_llama_3_comes_back(small: tuple[RandomWeights, Path], tmp_path: Path) -> None:
@@ -127,9 +145,14 @@ def test_what_a_type_cannot_hold_is_an_error(small: tuple[RandomWeights, Path], 
     weights.values["model.norm.weight"][0] = np.nan
     with pytest.raises(ConversionError, match="not finite"):
         write_gguf(weights, tokenizer, out, type="f32")
-    with pytest.raises(ConversionError, match="no float16"):
-        write_gguf(weights, tokenizer, out, quantised=lambda name: Int8Rows(
-            np.zeros(weights.values[name].shape, np.int8), np.full(len(weights.values[name]), 0.1, np.float32)))
+    weights.values["model.norm.weight"][0] = 1
+    for scale, kind, reason in ((0.1, "Q8_0", "no float16"), (0.5, "Q4_0", "not quantised so")):
+        tensor = "model.layers.0.mlp.up_proj.weight"
+        given = Int8Rows(np.zeros((96, 64), np.int8), np.full(96, scale, np.float32))
+        with pytest.raises(ConversionError, match=reason):
+            write_gguf(weights, tokenizer, out, quantised={tensor: given}.get, kinds={tensor: kind})
+    with pytest.raises(ConversionError, match="q3_k"):
+        write_gguf(weights, tokenizer, out, type="q3_k")
     weights.shape = replace(weights.shape, vocab=10)
     with pytest.raises(ConversionError, match="vocabulary has 10"):
         write_gguf(weights, tokenizer, out)
@@ -170,44 +193,6 @@ def test_unknown_vocabularies_are_refused(tmp_path: Path, change: dict[str, Any]
         gguf_tokenizer.from_json(data | {"model": data["model"] | {"ignore_merges": True}}, 1000)
     with pytest.raises(ConversionError, match="BPE"):
         gguf_tokenizer.from_json(data | {"model": {"type": "Unigram"}}, 1000)
-
-
-@pytest.fixture(scope="module")
-def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of a width that K-quants can take."""
-    folder = tmp_path_factory.mktemp("wide")
-    tokenizer = write_smollm(folder / "tokenizer.json")
-    size = Tokenizer.from_file(str(tokenizer)).get_vocab_size()
-    shape = replace(SHAPE, hidden=256, heads=8, head_dim=32, ffn=256, vocab=size)
-    write_gguf(RandomWeights(shape), tokenizer, folder / "m.gguf", type="f16")
-    return folder / "m.gguf"
-
-
-@pytest.mark.parametrize("kind", list(TYPES))
-def test_llama_cpp_quantises(wide: Path, tmp_path: Path, kind: str) -> None:
-    types = quantise_gguf(wide, tmp_path / "q.gguf", kind, threads=1)
-    assert types[kind.upper().removesuffix("_M")] >= 10 and types["F32"] == 5
-    header = check_gguf(tmp_path / "q.gguf")
-    assert (header.types, header.precision, header.shape) == (types, kind, check_gguf(wide).shape)
-    source, made = GgufWeights(wide), GgufWeights(tmp_path / "q.gguf")
-    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"):
-        error = np.abs(made.tensor(name) - source.tensor(name)).mean() / np.abs(source.tensor(name)).mean()
-        assert error < {"q8_0": 0.01, "q6_k": 0.03, "q5_k_m": 0.06}.get(kind, 0.15)
-
-
-def test_quantising_that_cannot_be_done(wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    quantise_gguf(wide, tmp_path / "q8.gguf", "q8_0", threads=1)
-    with pytest.raises(ConversionError, match="Q8_0 already"):
-        quantise_gguf(tmp_path / "q8.gguf", tmp_path / "q.gguf", "q4_0")
-    with pytest.raises(ConversionError, match="q3_k"):
-        quantise_gguf(wide, tmp_path / "q.gguf", "q3_k")
-    (tmp_path / "cut.gguf").write_bytes(wide.read_bytes()[:-1])
-    with pytest.raises(ModelFileError, match="cut off"):
-        quantise_gguf(tmp_path / "cut.gguf", tmp_path / "q.gguf", "q4_0")
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
-    with pytest.raises(StoreError, match="GB free"):
-        quantise_gguf(wide, tmp_path / "q.gguf", "q4_0")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.gguf", "q8.gguf"]
 
 
 def test_a_file_that_lacks_a_tensor_is_refused(small: tuple[RandomWeights, Path], tmp_path: Path) -> None:

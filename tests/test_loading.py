@@ -51,6 +51,15 @@ def test_too_little_memory_names_the_artifact_that_fits(monkeypatch: pytest.Monk
         Guard.load(backend="llama")
 
 
+def test_memory_counts_weights_and_one_context_once() -> None:
+    onnx, llama, _ = loading.RUNTIMES
+    for runtime, copies, context in ((onnx, 1.1, 1.0), (llama, 1.0, 0.5)):  # float32 keys and values, or float16
+        model = store.resolve(None, (runtime.kind,))
+        assert isinstance(model, store.Artifact)
+        keys_values = model.manifest.shape.kv_bytes * min(model.manifest.shape.context, 8192)
+        assert loading.needed_memory(runtime, model) == int(model.size * copies + keys_values * context)
+
+
 def test_too_little_memory_is_told_whatever_lies_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in ("onnx", "gguf"):
         shutil.copytree(store.built_in_folder() / kind, tmp_path / kind)
@@ -60,7 +69,7 @@ def test_too_little_memory_is_told_whatever_lies_beside_the_model(tmp_path: Path
     monkeypatch.setattr(machine, "available_memory", lambda: 1 << 20)
     with pytest.raises(ModelMemoryError, match="smaller precision"):
         Guard.load(tmp_path / "onnx")
-    monkeypatch.setattr(loading, "needed_memory", lambda runtime, model: 10**30 if model.kind == "onnx" else 1)
+    monkeypatch.setattr(loading, "needed_memory", lambda runtime, model, **_: 10**30 if model.kind == "onnx" else 1)
     with pytest.raises(ModelMemoryError, match=r"more than 16,000 GiB.*gguf, which fits"):
         Guard.load(tmp_path / "onnx")
 
@@ -106,7 +115,7 @@ def test_a_bare_gguf_needs_its_profile_named(tmp_path: Path) -> None:
     with pytest.raises(ModelMismatchError, match="Name its profile"):
         Guard.load(path)
     with Guard.load(path, profile="edgeguard-mini") as guard, Guard.load(backend="llama") as known:
-        assert guard.identity.sha256 == ""
+        assert guard.identity.sha256 == known.identity.sha256 == store.sha256(path)
         assert guard.check("hello").score == known.check("hello").score
 
 

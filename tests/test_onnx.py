@@ -3,7 +3,6 @@ from __future__ import annotations
 import shutil
 import threading
 import time
-import types
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,8 +14,9 @@ import pytest
 
 from edgeguard import store
 from edgeguard.architecture import Shape
-from edgeguard.backends import onnx_session, packing
+from edgeguard.backends import kernels, onnx_session, packing
 from edgeguard.backends.base import Node, Run
+from edgeguard.backends.keys_values import keys_and_values
 from edgeguard.backends.onnx import OnnxBackend
 from edgeguard.backends.reference import ReferenceBackend
 from edgeguard.convert.guard_graph import build
@@ -146,17 +146,18 @@ def test_shared_beginnings_are_evaluated_once(make: Make, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
-def test_a_kept_prefix_gives_what_evaluating_it_anew_gives(precision: str, copy: Make) -> None:
+def test_a_kept_prefix_gives_what_evaluating_it_anew_gives(precision: str, copy: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     bare = copy("gqa", precision)
     backend = OnnxBackend(bare, threads=1)
     anew = backend.open(PREFIX, Run())
-    state: Any = anew.state
-    np.savez(bare.folder / "prefix-user.npz", keys=np.stack(state[::2]), values=np.stack(state[1::2]))
+    keys, values = keys_and_values(anew)
+    np.savez(bare.folder / "prefix-user.npz", keys=keys, values=values)
     record = PrefixRecord("user", tuple(PREFIX), "prefix-user.npz", store.sha256(bare.folder / "prefix-user.npz"))
     kept = OnnxBackend(write_manifest(bare.folder, bare.manifest.shape, precision, prefixes=(record,)), threads=1)
+    monkeypatch.setattr(onnx_session.Session, "run", None)  # no pass is needed
     restored = kept.open(PREFIX, Run())
-    assert restored.length == anew.length and restored.parent is None
-    assert logits([restored]) == logits([anew])
+    assert restored.length == anew.length and restored.parent is None and not len(restored.logits)
+    monkeypatch.undo()
     found = kept.extend([(restored, text) for text in TEXTS], Run())
     wanted = backend.extend([(anew, text) for text in TEXTS], Run())
     assert logits(found) == logits(wanted)
@@ -167,7 +168,7 @@ def test_a_damaged_prefix_file_is_an_error(copy: Make) -> None:
     shape, path = artifact.manifest.shape, artifact.folder / "prefix-user.npz"
 
     def opened(keys: Any, *, flip: bool = False) -> None:
-        np.savez(path, keys=keys, values=np.zeros((shape.layers, shape.kv_heads, 3, shape.head_dim), np.float32))
+        np.savez(path, keys=keys, values=np.zeros((shape.layers, 3, shape.kv_heads, shape.head_dim), np.float32))
         record = PrefixRecord("user", (1, 2, 3), path.name, store.sha256(path))
         made = write_manifest(artifact.folder, shape, "fp32", prefixes=(record,))
         if flip:
@@ -176,10 +177,11 @@ def test_a_damaged_prefix_file_is_an_error(copy: Make) -> None:
             path.write_bytes(data)
         OnnxBackend(made, threads=1).open([1, 2, 3], Run())
 
-    good = np.zeros((shape.layers, shape.kv_heads, 3, shape.head_dim), np.float32)
+    good = np.zeros((shape.layers, 3, shape.kv_heads, shape.head_dim), np.float32)
     opened(good)
     for keys, flip, match in (
-        (good, True, "SHA-256"), (good[:, :, :2], False, "holds"), (good.astype(np.float16), False, "holds"),
+        (good, True, "SHA-256"), (good[:, :2], False, "holds"), (good.swapaxes(1, 2), False, "Convert the model again"),
+        (good.astype(np.float16), False, "holds"),
         (np.array([{}]), False, "no prefix file"),
     ):
         with pytest.raises(ModelFileError, match=match):
@@ -194,6 +196,36 @@ def test_long_contexts_run_in_passes(make: Make) -> None:
     np.testing.assert_allclose(whole.logits, joined.logits, atol=1e-4)
     with pytest.raises(ContextLengthError, match="8193"):
         backend.extend([(whole, [1] * (8193 - 3000))], Run())
+
+
+def test_a_long_past_is_never_copied(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All passes of a call, and what extends it, are fed views of one buffer that begins with the parent's tokens."""
+    backend = OnnxBackend(make("gqa", "int8"), threads=1)
+    fed: list[Any] = []
+    run = onnx_session.Session.run
+    monkeypatch.setattr(onnx_session.Session, "run", lambda self, outputs, feeds, given:
+                        fed.append(feeds["past_value_1"]) or run(self, outputs, feeds, given))
+    root = backend.open(PREFIX, Run())
+    (long,) = backend.extend([(root, list(range(700)))], Run())
+    leaves = backend.extend([(long, [1, 2, 3]), (long, [1, 2, 4])], Run())
+    twigs = backend.extend([(leaves[1], [5]), (leaves[0], [6]), (long, [7])], Run())
+    assert [len(past) for past in fed] == [0, 41, 41 + 256, 41 + 512, 41 + 700, 41 + 704]
+    assert all(past.base is fed[-1].base and past.flags.c_contiguous for past in fed[2:])
+    whole = [backend.open([*PREFIX, *range(700), *end], Run()) for end in ([1, 2, 4, 5], [1, 2, 3, 6], [7])]
+    assert logits(twigs) == logits(whole)
+
+
+def test_a_graph_with_keys_in_another_order_is_refused(copy: Make) -> None:
+    import onnx
+
+    artifact = copy("gqa", "fp32")
+    model = onnx.load(artifact.weights, load_external_data=False)
+    (past,) = (each for each in model.graph.input if each.name == "past_key_0")
+    sizes = past.type.tensor_type.shape
+    sizes.CopyFrom(type(sizes)(dim=[sizes.dim[1], sizes.dim[0], sizes.dim[2]]))
+    artifact.weights.write_bytes(model.SerializeToString())
+    with pytest.raises(ModelFileError, match=r"another order|cannot load"):
+        OnnxBackend(artifact, threads=1)
 
 
 def test_cancel_and_deadline_leave_older_nodes_valid(make: Make) -> None:
@@ -342,38 +374,12 @@ def test_only_auto_falls_back_when_a_device_is_listed_but_not_granted(make: Make
         OnnxBackend(make("plain", "int8"), device="cuda")
 
 
-def test_8_bit_kernels_are_tried_before_they_are_trusted(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    tried: list[dict[str, str]] = []
-
-    def saturating(entries: dict[str, str], exact: tuple[bool, ...]) -> bool:
-        tried.append(dict(entries))
-        return exact[len(tried) - 1]
-
-    assert onnx_session.is_exact({}) or onnx_session.is_exact(onnx_session.PRECISE)
-    monkeypatch.setattr(onnx_session, "is_exact", lambda entries: saturating(entries, (False, True)))
-    assert len(OnnxBackend(make("plain", "int8"), threads=1).open([1, 2], Run()).logits) == len(HEAD)
-    assert tried == [{}, onnx_session.PRECISE]
-    tried.clear()
-    monkeypatch.setattr(onnx_session, "is_exact", lambda entries: saturating(entries, (False, False)))
+def test_a_kernel_that_does_not_multiply_rightly_is_not_used(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, str]] = []
+    monkeypatch.setattr(kernels, "is_exact", lambda multiply, entries: asked.append(dict(entries)) or False)
     with pytest.raises(InferenceError, match="saturate"):
         OnnxBackend(make("plain", "int8"), threads=1)
-
-
-def test_a_kernel_that_saturates_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    import onnxruntime as ort
-
-    def session(model: bytes, options: Any, providers: list[str]) -> Any:
-        weights = np.frombuffer(model[model.index(b"\x4a") :][: 576 * 64 + 4][-576 * 64 :], np.int8).reshape(576, 64)
-
-        def run(_outputs: None, feeds: dict[str, Any]) -> list[Any]:
-            pairs = feeds["a"].astype(np.int64)[:, :, None] * weights
-            summed = np.clip(pairs[:, ::2] + pairs[:, 1::2], -32768, 32767).sum(1) - 128 * weights.sum(0, dtype=np.int64)
-            return [summed.astype(np.float32)]
-
-        return types.SimpleNamespace(run=run)
-
-    monkeypatch.setattr(ort, "InferenceSession", session)
-    assert not onnx_session.is_exact({})
+    assert asked == [{}, dict(kernels.EXACT_X86)]
 
 
 def test_a_missing_runtime_gives_the_install_line(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeguard.backends.base import Node
-from edgeguard.backends.packing import COLUMNS, Entry, Pass, Tree, lineage, merge, own_length, passes
+from edgeguard.backends.packing import COLUMNS, Entry, Pass, Tree, lineage, merge, passes
 from edgeguard.errors import ContextLengthError
 
 CONTEXT = 1000
@@ -23,14 +24,25 @@ def ids_of(each: Node | None) -> list[int]:
     return [token for one in lineage(each) for token in one.state]  # type: ignore[attr-defined]
 
 
-def check(entries: Sequence[Entry], tree: Tree, parts: Sequence[Pass]) -> None:
+def cut(tree: Tree, **limits: int) -> tuple[list[Pass], list[int]]:
+    """The passes, and the ids in the buffer: nodes with gaps and out of order, then the tree's."""
+    buffer: list[int] = []
+    own = {}
+    for each in reversed(list(dict.fromkeys(node for parent in tree.parents for node in lineage(parent)))):
+        tokens: Any = each.state
+        buffer += [-1, *tokens]
+        own[each] = np.arange(len(buffer) - len(tokens), len(buffer))
+    rows = {parent: np.concatenate([own[each] for each in lineage(parent)]) for parent in tree.parents if parent}
+    return list(passes(tree, 2, rows, len(buffer), **limits)), buffer + tree.ids.tolist()
+
+
+def check(entries: Sequence[Entry], tree: Tree, parts: Sequence[Pass], buffer: list[int]) -> None:
     """Every query of every pass sees exactly its own sequence, in order; every entry's end is answered once."""
     answered = []
+    first = len(buffer) - len(tree.ids)
     for part in parts:
-        past = [token for each in part.ancestors for token in each.state]  # type: ignore[attr-defined]
-        past += tree.ids[part.earlier].tolist()
-        visible = np.asarray(past + tree.ids[part.start : part.stop].tolist())
-        assert np.all(part.earlier < part.start) and part.keys.shape[1] % COLUMNS == 0
+        visible = np.asarray(buffer[: part.past] + tree.ids[part.start : part.stop].tolist())
+        assert part.past <= first + part.start and part.keys.shape[1] % COLUMNS == 0
         for place, token in enumerate(range(part.start, part.stop)):
             lane, query = divmod(int(part.places[place]), part.queries.shape[1])
             assert part.queries[lane, query] == place
@@ -57,7 +69,7 @@ def test_every_token_sees_its_own_sequence_only(given_: list[tuple[int, list[int
     nodes = [root, body, node([6], body), node([4, 5], root)]
     entries: list[Entry] = [(nodes[which] if which >= 0 else None, ids) for which, ids in given_]
     tree = merge(entries, CONTEXT)
-    check(entries, tree, list(passes(tree, 2, tokens=tokens, score_bytes=4 * 2 * columns * COLUMNS)))
+    check(entries, tree, *cut(tree, tokens=tokens, score_bytes=4 * 2 * columns * COLUMNS))
 
 
 def test_entries_that_begin_alike_share_tokens() -> None:
@@ -73,29 +85,36 @@ def test_the_same_tokens_under_other_parents_are_not_shared() -> None:
 
 def test_a_pass_keeps_its_limits() -> None:
     tree = merge([(None, list(range(900)))], CONTEXT)
-    assert [part.stop - part.start for part in passes(tree, 2, tokens=256)] == [256, 256, 256, 132]
-    for part in passes(tree, 2, tokens=256, score_bytes=2 * 4 * 20_000):
+    assert [part.stop - part.start for part in cut(tree, tokens=256)[0]] == [256, 256, 256, 132]
+    for part in cut(tree, tokens=256, score_bytes=2 * 4 * 20_000)[0]:
         assert part.queries.size * part.keys.shape[1] <= 20_000
 
 
 def test_one_long_entry_does_not_pad_many_short_ones() -> None:
     root = node([1])
     tree = merge([(root, [token]) for token in range(2, 60)] + [(root, list(range(100, 300)))], CONTEXT)
-    parts = list(passes(tree, 2))
+    parts, _ = cut(tree)
     assert sum(part.queries.size for part in parts) < 3 * len(tree.ids)
 
 
-def test_only_ancestors_that_are_attended_to_are_fed() -> None:
-    one, other = node([1, 2]), node([3, 4])
-    parts = list(passes(merge([(one, [5] * 4), (other, [6] * 4)], CONTEXT), 2, tokens=4))
-    assert [list(part.ancestors) for part in parts] == [[one], [other]]
-    assert all(len(part.earlier) == 0 for part in parts)
+def test_what_fits_into_one_pass_is_not_cut() -> None:
+    root = node([1])
+    parts, _ = cut(merge([(root, [first] * 7) for first in range(2, 8)], CONTEXT), tokens=16)
+    assert [part.stop - part.start for part in parts] == [14, 14, 14]
+    assert all(part.past == 2 for part in parts)  # the root's row and the gap before it
 
 
-def test_lineage_and_own_length() -> None:
+def test_the_past_ends_with_the_last_row_that_is_attended_to() -> None:
+    tree = merge([(None, [5] * 40), (None, [6] * 8)], CONTEXT)
+    parts, _ = cut(tree, tokens=16)
+    assert [(part.start, part.past) for part in parts] == [(0, 0), (16, 16), (32, 32)]
+    assert parts[2].stop == 48 and len(parts[2].queries) == 2
+
+
+def test_lineage() -> None:
     root = node([1, 2])
     leaf = node([3], root)
-    assert lineage(leaf) == [root, leaf] and lineage(None) == [] and (own_length(root), own_length(leaf)) == (2, 1)
+    assert lineage(leaf) == [root, leaf] and lineage(None) == []
 
 
 def test_too_long_and_empty_entries_are_refused() -> None:

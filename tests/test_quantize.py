@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -92,3 +95,28 @@ def test_numbers_that_are_not_finite_are_refused(quantise: type, number: float, 
 def test_int4_needs_whole_blocks() -> None:
     with pytest.raises(ConversionError, match="40 wide"):
         int4_blocks("w", np.ones((2, 40), np.float32))
+
+
+@pytest.mark.parametrize("quantise", [int8_rows, int4_blocks])
+def test_importance_moves_the_error_to_columns_that_matter_less(quantise: Callable[..., Any]) -> None:
+    weights = np.random.default_rng(0).standard_t(3, (64, 256)).astype(np.float32)
+    importance = np.ones(256, np.float32)
+    importance[::4] = 100
+    plain, weighed = (np.square(quantise("w", weights, given).dequantised() - weights).mean(0) for given in (None, importance))
+    assert weighed[::4].mean() < 0.95 * plain[::4].mean()
+    assert (weighed * importance).sum() < (plain * importance).sum()
+
+
+@pytest.mark.parametrize("quantise", [int8_rows, int4_blocks])
+def test_equal_importance_is_none(quantise: Callable[..., Any]) -> None:
+    weights = np.random.default_rng(1).normal(size=(16, 64)).astype(np.float32)
+    plain, weighed = (quantise("w", weights, given) for given in (None, np.full(64, 7.0, np.float32)))
+    np.testing.assert_array_equal(plain.values, weighed.values)
+    np.testing.assert_array_equal(plain.scales, weighed.scales)
+
+
+@pytest.mark.parametrize("quantise", [int8_rows, int4_blocks])
+def test_columns_that_were_never_used_still_count(quantise: Callable[..., Any]) -> None:
+    weights = np.random.default_rng(2).normal(size=(16, 64)).astype(np.float32)
+    made = quantise("w", weights, np.zeros(64, np.float32)).dequantised()
+    assert np.abs(made - weights).max() < 0.5

@@ -30,7 +30,7 @@ class Node:
     length: int
     """Tokens from the root's first to this node's last."""
     logits: FloatArray
-    """Logits (len(head_ids),) that follow the last token, in the order of `BackendInfo.head_ids`."""
+    """Logits (len(head_ids),) that follow the last token, in the order of `BackendInfo.head_ids`; none for a prefix of the artifact."""
     parent: Node | None = None
     state: object = None
     """Whatever the backend keeps for it."""
@@ -52,6 +52,8 @@ class BackendInfo:
     """Most tokens of one sequence."""
     head_ids: IntArray = field(repr=False)
     """Token ids (rows,) whose logits a node carries, ascending."""
+    kernel: str = ""
+    """How quantised products are computed, where the backend chooses: `avx512-vnni`, `unsigned`, ..."""
 
 
 @dataclass

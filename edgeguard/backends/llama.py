@@ -10,15 +10,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeguard.backends.base import BackendInfo, Node, Run
-from edgeguard.backends.llama_native import LANES, SEQUENCES, Batch, Session, blocks, choose_device, devices, library
+from edgeguard.backends.llama_native import LANES, SEQUENCES, Batch, Session, blocks, build, choose_device, devices, library
 from edgeguard.errors import ContextLengthError, InferenceError, ModelMismatchError
 from edgeguard.gguf_check import check_gguf
 from edgeguard.machine import default_threads
+from edgeguard.store.prefix_cache import PrefixCache, ids_key
 
+STATE_FORMAT = "1"
+"""Of prefixes on the disk; a new one when other cells or other parts are saved."""
 SHORT = 8
 """Tokens of a branch of an answer; longer entries are texts."""
 
@@ -95,16 +100,19 @@ class LlamaBackend:
 
     `device` is `auto`, `cpu`, `cuda`, `metal`, `vulkan`, `rocm` or `sycl`; only `auto` falls back to the CPU. `context`
     is the most tokens of a sequence, by default what the model was made for; the cache for it is allocated at once.
+    Without `repack` the weights stay mapped as they lie in the file, for little memory instead of speed. With a `cache`,
+    prefixes are restored from the disk, to the same bits.
     Raises `ModelFileError`, `ModelMemoryError`, `DeviceError`, `RuntimeMissingError`.
     """
 
-    def __init__(self, path: Path, *, device: str = "auto", threads: int | None = None, context: int | None = None) -> None:
+    def __init__(self, path: Path, *, device: str = "auto", threads: int | None = None, context: int | None = None,
+                 repack: bool = True, cache: PrefixCache | None = None) -> None:
         header = check_gguf(path)
         llama = library()
         granted, handle = choose_device(device, devices(llama))
         longest = min(context or header.shape.context, header.shape.context)
         threads = threads or default_threads()
-        self._session = Session(path, device=handle, threads=threads, context=longest, precision=header.precision)
+        self._session = Session(path, device=handle, threads=threads, context=longest, precision=header.precision, repack=repack)
         self._vocab = header.shape.vocab
         self._free = list(range(SEQUENCES))
         self._nodes: dict[int, Node] = {}
@@ -113,10 +121,36 @@ class LlamaBackend:
             name="llama", runtime=f"llama-cpp-python {llama.__version__}", device=granted, precision=header.precision,
             threads=threads, context=longest, head_ids=np.arange(self._vocab, dtype=np.int64),
         )
+        self._cache = cache
+        # whatever may change a bit of the state
+        self._key = {"backend": "llama", "format": STATE_FORMAT, "runtime": build(llama), "device": granted,
+                     "precision": header.precision, "threads": str(threads), "repack": str(repack)}
 
     def open(self, prefix_ids: Sequence[int], run: Run) -> Node:
-        """Evaluate a prefix in a pass of its own and keep it."""
-        return self._all([(None, prefix_ids)], run)[0]
+        """Restore a prefix from the disk, or evaluate it in a pass of its own; kept until `close`."""
+        self._check(None, prefix_ids)
+        run.check()
+        if self._cache is None:
+            return self._all([(None, prefix_ids)], run)[0]
+        ids = tuple(map(int, prefix_ids))
+        key = {**self._key, "ids": ids_key(ids)}
+        if held := self._cache.read(key):
+            logits = held.pop("logits", np.empty(0))
+            if node := self._restored(ids, logits, list(held.values())):
+                return node
+        node = self._all([(None, ids)], run)[0]
+        pieces = self._session.save(_resident(node), len(ids))
+        self._cache.write(key, {"logits": node.logits, **{f"cells {place}": piece for place, piece in enumerate(pieces)}})
+        return node
+
+    def _restored(self, ids: tuple[int, ...], logits: NDArray[Any], pieces: list[NDArray[Any]]) -> Node | None:
+        """A root as it was when it was saved, or None where it does not fit."""
+        if not self._free or logits.shape != (self._vocab,) or not self._session.restore(self._free[-1], len(ids), pieces):
+            return None
+        sequence = self._free.pop()
+        cells = _Cells([sequence], None, 1, blocks(0, len(ids)) * LANES)
+        node = self._nodes[sequence] = Node(len(ids), logits, None, _Kept(ids, sequence, cells, self._passes))
+        return node
 
     def extend(self, entries: Sequence[tuple[Node, Sequence[int]]], run: Run) -> list[Node]:
         """One node for each entry, in one pass if cells and sequence ids suffice."""

@@ -80,11 +80,11 @@ def blocks(start: int, length: int) -> int:
 class Session:
     """A loaded model with its context: the only place that calls llama.cpp."""
 
-    def __init__(self, path: Path, *, device: int | None, threads: int, context: int, precision: str) -> None:
+    def __init__(self, path: Path, *, device: int | None, threads: int, context: int, precision: str, repack: bool = True) -> None:
         llama = library()
         self._llama, self.threads = llama, threads
         errors.clear()
-        model = _load(llama, path, device)
+        model = _load(llama, path, device, repack)
         self.cells = -(-(context + MARGIN) // CELL_STEP) * CELL_STEP
         params = llama.llama_context_default_params()
         params.n_ctx = params.n_batch = self.cells
@@ -152,11 +152,48 @@ class Session:
         batch = Batch(owners=[[HOLD]] * LANES, tokens=[0] * LANES, positions=list(range(LANES)))
         if not self.decode(batch, Run()):
             raise InferenceError(f"llama.cpp finds no room in an empty cache{told()}.")
-        size = self._llama.llama_state_seq_get_size(self._context, HOLD)
+        return self._taken_out(HOLD)
+
+    def _taken_out(self, sequence: int) -> Any:  # noqa: ANN401, a ctypes array
+        """The state of a sequence, which then leaves the cache."""
+        size = self._llama.llama_state_seq_get_size(self._context, sequence)
         state = (ctypes.c_uint8 * size)()
-        self._llama.llama_state_seq_get_data(self._context, state, size, HOLD)
-        self._remove(HOLD)
+        self._llama.llama_state_seq_get_data(self._context, state, size, sequence)
+        self._remove(sequence)
         return state
+
+    def save(self, sequence: int, length: int) -> list[NDArray[np.uint8]]:
+        """The cells of a root of `length` tokens, in the pieces that `restore` takes."""
+        pieces = []
+        for start, stop in self._pieces(length):
+            self._llama.llama_memory_seq_cp(self._memory, sequence, SPARE, start, stop)
+            pieces.append(np.frombuffer(self._taken_out(SPARE), np.uint8))
+        return pieces
+
+    def restore(self, sequence: int, length: int, pieces: Sequence[NDArray[np.uint8]]) -> bool:
+        """Put a root back into the cells that evaluating it would take; False when it does not fit: then nothing has changed.
+
+        One block of LANES after another, each into the lowest free cells, of which `lay_out` has left exactly these.
+        """
+        spans = self._pieces(length)
+        if len(pieces) != len(spans) or not self.lay_out(Batch(runs=[(sequence, 0, length)])):
+            return False
+        for (start, stop), piece in zip(spans, pieces, strict=True):
+            pointer = piece.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+            read = self._llama.llama_state_seq_set_data(self._context, pointer, len(piece), SPARE)
+            held = [bound(self._memory, SPARE) for bound in (self._llama.llama_memory_seq_pos_min, self._llama.llama_memory_seq_pos_max)]
+            if read != len(piece) or held != [start, stop - 1]:
+                self._remove(SPARE)
+                self.forget(sequence)
+                return False
+            self.copy(SPARE, sequence)
+        self._remove(SPARE)
+        return True
+
+    def _pieces(self, length: int) -> list[tuple[int, int]]:
+        """First position and end of each part of a saved root; whole where cells are not laid out."""
+        step = length if self._filler is None else LANES
+        return [(start, min(start + step, length)) for start in range(0, length, step)]
 
     def _check_alive(self) -> None:
         if not self.close.alive or os.getpid() != self._process:
@@ -214,8 +251,9 @@ def _free(llama: Any, pointers: tuple[Any, Any], worker: ThreadPoolExecutor, pro
         llama.llama_model_free(model)
 
 
-def _load(llama: Any, path: Path, device: int | None) -> Any:  # noqa: ANN401, a ctypes pointer
+def _load(llama: Any, path: Path, device: int | None, repack: bool) -> Any:  # noqa: ANN401, a ctypes pointer
     params = llama.llama_model_default_params()
+    params.use_extra_bufts = repack
     devices = (ctypes.c_void_p * 2)(device, None)
     params.devices = ctypes.cast(devices, ctypes.c_void_p)
     params.n_gpu_layers = 0 if device is None else ALL_LAYERS
@@ -281,6 +319,11 @@ def library() -> Any:  # noqa: ANN401, the untyped package
         llama_cpp.llama_backend_init()
     llama_cpp.llama_log_set(_callbacks[0], None)
     return llama_cpp
+
+
+def build(llama: Any) -> str:  # noqa: ANN401
+    """The package's version and what the library was built for and found on this processor."""
+    return f"llama-cpp-python {llama.__version__}; {llama.llama_print_system_info().decode('utf-8', 'replace').strip()}"
 
 
 def _libc() -> Any:  # noqa: ANN401, a ctypes library

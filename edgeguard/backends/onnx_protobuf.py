@@ -1,4 +1,4 @@
-"""The little of ONNX's file format that loading needs, without the package `onnx`: where tensors are, and one tiny model.
+"""The little of ONNX's file format that loading needs, without the package `onnx`: where tensors are, and two tiny models.
 
 Field numbers: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto; wire format: https://protobuf.dev/programming-guides/encoding.
 """
@@ -6,7 +6,7 @@ Field numbers: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto; wire form
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, TypeAlias
@@ -74,15 +74,29 @@ def check_external(model: Path) -> list[ExternalTensor]:
 
 def int8_product(weights: NDArray[np.int8]) -> bytes:
     """A model of one MatMulIntegerToFloat by constant weights (K, N): `a` uint8 (M, K) to `y` = (a - 128) @ weights."""
-    node = b"".join(
-        [*(_field(1, name) for name in ("a", "b", "one", "ones", "middle")), _field(2, "y"), _field(4, "MatMulIntegerToFloat"),
-         _field(7, "com.microsoft")]
-    )
     ones, middle = np.ones(weights.shape[1], np.float32), np.full((), 128, np.uint8)
     tensors: dict[str, NDArray[Any]] = {"b": weights, "one": ones[:1].reshape(()), "ones": ones, "middle": middle}
+    return _model("MatMulIntegerToFloat", ("a", "b", "one", "ones", "middle"), {}, tensors, np.dtype(np.uint8))
+
+
+def int4_product(weights: NDArray[np.uint8], block: int) -> bytes:
+    """A model of one MatMulNBits by constant weights 0 to 15 (N, K): `a` float32 (M, K) to `y` = a @ (weights - 8).T."""
+    out, width = weights.shape
+    packed = (weights[:, ::2] | weights[:, 1::2] << 4).reshape(out, width // block, block // 2)
+    tensors: dict[str, NDArray[Any]] = {"b": packed, "ones": np.ones((out, width // block), np.float32)}
+    numbers = {"K": width, "N": out, "bits": 4, "block_size": block, "accuracy_level": 4}
+    return _model("MatMulNBits", ("a", "b", "ones"), numbers, tensors, np.dtype(np.float32))
+
+
+def _model(operator: str, inputs: Sequence[str], numbers: Mapping[str, int], tensors: Mapping[str, NDArray[Any]],
+           kind: np.dtype[Any]) -> bytes:
+    """One node of the domain com.microsoft, from `a` of this type to `y`."""
+    attributes = [_field(5, _field(1, name) + _field(3, number) + _field(20, 2)) for name, number in numbers.items()]
+    node = b"".join([*(_field(1, name) for name in inputs), _field(2, "y"), _field(4, operator), *attributes,
+                     _field(7, "com.microsoft")])
     graph = b"".join(
         [_field(1, node), _field(2, "trial"), *(_field(5, _tensor(name, values)) for name, values in tensors.items()),
-         _field(11, _value("a", np.dtype(np.uint8))), _field(12, _value("y", np.dtype(np.float32)))]
+         _field(11, _value("a", kind)), _field(12, _value("y", np.dtype(np.float32)))]
     )
     opsets = [_field(8, _field(1, domain) + _field(2, version)) for domain, version in (("", 21), ("com.microsoft", 1))]
     return b"".join([_field(1, 10), _field(7, graph), *opsets])
@@ -96,7 +110,7 @@ def _tensor(name: str, values: NDArray[Any]) -> bytes:
     return dims + _field(2, _TYPES[values.dtype]) + _field(8, name) + _field(9, values.tobytes())
 
 
-def _value(name: str, kind: np.dtype[np.generic]) -> bytes:
+def _value(name: str, kind: np.dtype[Any]) -> bytes:
     shape = b"".join(_field(1, _field(2, size)) for size in ("M", "K" if name == "a" else "N"))
     return _field(1, name) + _field(2, _field(1, _field(1, _TYPES[kind]) + _field(2, shape)))
 

@@ -1,4 +1,4 @@
-"""A session of ONNX Runtime: device, threads, exact 8-bit kernels, cancelling, and one place where its errors become ours."""
+"""A session of ONNX Runtime: device, threads, right kernels, cancelling, and one place where its errors become ours."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeguard.backends.base import Run
-from edgeguard.backends.onnx_protobuf import FLOAT, ExternalTensor, check_external, int8_product
+from edgeguard.backends.kernels import FLOAT as FLOAT_KERNEL
+from edgeguard.backends.kernels import QUANTISED, tried
+from edgeguard.backends.onnx_protobuf import FLOAT, ExternalTensor, check_external
 from edgeguard.errors import DeviceError, EdgeGuardError, InferenceError, ModelFileError, ModelMemoryError, RuntimeMissingError
-from edgeguard.machine import default_threads, no_telemetry, runtime_conflict, runtimes
+from edgeguard.machine import cpu, default_threads, no_telemetry, runtime_conflict, runtimes
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -25,35 +27,44 @@ PROVIDERS = {
 }
 CPU_ONLY = ("int8",)
 """Precisions whose kernels exist on the CPU only."""
-QUANTISED = ("int8", "int4")
 POLL = 0.01  # seconds between two looks at a call's cancel token
 SILENT, ERRORS = 4, 3  # severities of ONNX Runtime's log
 NO_MEMORY = ("allocate memory", "bad_alloc", "bad allocation", "out of memory")
 BLOCK = 1 << 22  # numbers looked at together
-PRECISE = {"session.x64quantprecision": "1"}
-"""Makes kernels of CPUs without VNNI keep their intermediate sums apart, which otherwise saturate."""
 
 
 class Session:
     """A loaded model, on the device that was granted.
 
+    `entries` are added to the session's configuration, `optimised` says that the model is one that ONNX Runtime has written,
+    `written` is where it shall write it.
     Raises `RuntimeMissingError`, `DeviceError` (a device asked for by name is not there), `ModelFileError`,
     `ModelMemoryError`, and `InferenceError` when this CPU's 8-bit kernels do not multiply exactly.
     """
 
-    def __init__(self, model: Path, precision: str, device: str, threads: int | None) -> None:
+    def __init__(self, model: Path, precision: str, device: str, threads: int | None, *,
+                 entries: Mapping[str, str] | None = None, optimised: bool = False, written: Path | None = None) -> None:
         ort = _onnxruntime()
         tensors = check_external(model)
         if precision in QUANTISED:
             _check_finite(model, tensors)
         self.runtime = f"onnxruntime {ort.__version__}"
+        self.build = build()
         self.threads = threads or default_threads()
         self._run_options = ort.RunOptions
         chosen = _devices(device, precision, ort.get_available_providers())
-        entries = _exact_int8() if precision in QUANTISED and "cpu" in chosen else {}
-        self.device, self._session = _granted(ort, model, chosen, _options(ort, self.threads, entries))
+        self.kernel = tried(cpu(), precision, _multiplied) if "cpu" in chosen else FLOAT_KERNEL
+        """Of the CPU."""
+        options = _options(ort, self.threads, {**self.kernel.entries, **(entries or {})})
+        if optimised:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        if written:
+            options.optimized_model_filepath = str(written)
+        self.device, self._session = _granted(ort, model, chosen, options)
         self.types: dict[str, str] = {each.name: each.type for each in self._session.get_inputs()}
         """Names of the inputs and their types, as `tensor(float)`."""
+        self.shapes: dict[str, list[int | str]] = {each.name: each.shape for each in self._session.get_inputs()}
+        """Their sizes, a free one by its name."""
         self.outputs: list[str] = [each.name for each in self._session.get_outputs()]
 
     def run(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]], run: Run) -> list[NDArray[Any]]:
@@ -63,6 +74,12 @@ class Session:
         options.log_severity_level = SILENT
         with _translated(run), _watched(run, options):
             return list(self._session.run(list(outputs), dict(feeds), options))
+
+
+def build() -> str:
+    """ONNX Runtime's version and how it was built."""
+    ort = _onnxruntime()
+    return f"onnxruntime {ort.__version__}; {ort.get_build_info()}"
 
 
 def _onnxruntime() -> Any:  # noqa: ANN401  a module without types
@@ -136,28 +153,12 @@ def _check_finite(model: Path, tensors: Sequence[ExternalTensor]) -> None:
             raise ModelFileError(f"{tensor.name} in {model.parent / tensor.location} is damaged: not all its numbers are finite.")
 
 
-def _exact_int8() -> Mapping[str, str]:
-    """The session entries with which this CPU's 8-bit products are exact: none, if it can; raises `InferenceError`."""
-    entries: Mapping[str, str]
-    for entries in ({}, PRECISE):
-        if is_exact(entries):
-            return entries
-    raise InferenceError("The 8-bit kernels of this CPU saturate and give wrong sums; take an fp32 artifact or a GGUF.")
-
-
-def is_exact(entries: Mapping[str, str]) -> bool:
-    """Try the 8-bit kernels on the largest numbers there are, one token and many: no product may saturate."""
+def _multiplied(model: bytes, entries: Mapping[str, str], activations: NDArray[Any]) -> NDArray[np.float32]:
+    """Runs the tiny models that kernels are tried with."""
     ort = _onnxruntime()
-    weights = np.empty((576, 64), np.int8)
-    weights[:, ::3], weights[:, 1::3], weights[:, 2::3] = 127, -128, 1
-    weights[1::2, 2::3] = -128
-    activations = np.full((48, 576), 255, np.uint8)
-    activations[1::3], activations[2::3, ::2] = 0, 0
     with _translated():
-        session = ort.InferenceSession(int8_product(weights), _options(ort, 1, entries), providers=[PROVIDERS["cpu"]])
-        found = [session.run(None, {"a": activations[:tokens]})[0] for tokens in (1, len(activations))]
-    wanted = (activations.astype(np.int64) - 128) @ weights.astype(np.int64)
-    return all(np.array_equal(product, wanted[: len(product)]) for product in found)
+        session = ort.InferenceSession(model, _options(ort, 1, entries), providers=[PROVIDERS["cpu"]])
+        return np.asarray(session.run(None, {"a": activations})[0])
 
 
 @contextmanager

@@ -7,7 +7,7 @@ always added up in the same order, whatever else is in the pass and wherever it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ MAX_SCORE_BYTES = 128 << 20
 PADDING = 3  # places in lanes for each token of a pass, at most: beyond that lanes are too unequal to share a pass
 COLUMNS = 64  # keys of a lane are filled up to a multiple of this, so that kernels never add a remainder in another order
 QUERIES = 2  # of a lane, at least: kernels for a single row add in another order
+NO_ROWS: IntArray = np.empty(0, np.int64)
 
 Entry = tuple[Node | None, Sequence[int]]
 """What to extend (None: nothing yet), and by which ids."""
@@ -49,16 +50,14 @@ class Pass:
 
     start: int
     stop: int
-    ancestors: Sequence[Node]
-    """Nodes whose tokens are the first of the past."""
-    earlier: IntArray
-    """Tokens of earlier passes, ascending, that are the rest of the past."""
+    past: int
+    """Rows of the buffer that are the past: all up to the last one that is attended to."""
     queries: IntArray
     """(G, Q) tokens of the pass; filled up with the lane's first."""
     places: IntArray
     """(T,) where each token stands in the flattened `queries`."""
     keys: IntArray
-    """(G, S) tokens of past and pass, the place in a lane being the position; filled up with 0, behind all queries."""
+    """(G, S) rows of the past and, behind them, tokens of the pass; the place in a lane is the position; filled up with 0."""
     rows: IntArray
     """(R,) tokens of the pass, ascending, with which an entry ends; its last token when there is none."""
     lanes: IntArray
@@ -93,11 +92,15 @@ def merge(entries: Sequence[Entry], context: int) -> Tree:
     return Tree(np.asarray(ids, np.int64), np.asarray(positions, np.int64), np.asarray(owners, np.int64), parents, paths)
 
 
-def passes(tree: Tree, heads: int, *, tokens: int = MAX_TOKENS, score_bytes: int = MAX_SCORE_BYTES) -> Iterator[Pass]:
-    """Cut a tree into passes of at most `tokens` tokens and, where more than one token is left, `score_bytes` of scores."""
+def passes(tree: Tree, heads: int, rows: Mapping[Node, IntArray], first: int, *, tokens: int = MAX_TOKENS,
+           score_bytes: int = MAX_SCORE_BYTES) -> Iterator[Pass]:
+    """Cut a tree into passes of at most `tokens` tokens and, where more than one token is left, `score_bytes` of scores.
+
+    `rows` are the rows of the buffer in which each parent's whole line lies, `first` is the row of the tree's first token.
+    """
     start = 0
     while start < len(tree.ids):
-        part = _plan(tree, _lanes(tree, start, tokens, score_bytes // (4 * heads)))
+        part = _plan(tree, rows, first, _lanes(tree, start, tokens, score_bytes // (4 * heads)))
         yield part
         start = part.stop
 
@@ -111,11 +114,6 @@ def lineage(node: Node | None) -> list[Node]:
     return line[::-1]
 
 
-def own_length(node: Node) -> int:
-    """Tokens that a node has beyond its parent's."""
-    return node.length - (node.parent.length if node.parent else 0)
-
-
 def _columns(length: int) -> int:
     return -(-length // COLUMNS) * COLUMNS
 
@@ -125,7 +123,10 @@ def _lanes(tree: Tree, start: int, tokens: int, scores: int) -> list[tuple[int, 
     lanes: list[tuple[int, int]] = []
     at, most, widest = start, QUERIES, 0
     while at < min(start + tokens, len(tree.ids)):
-        stop = min(start + tokens, at + int(np.argmax(np.append(tree.owners[at:] != tree.owners[at], True))))
+        end = at + int(np.argmax(np.append(tree.owners[at:] != tree.owners[at], True)))
+        if lanes and end - start > tokens >= end - at:
+            break  # what fits into one pass is not cut, so that no later pass has to be fed its beginning
+        stop = min(start + tokens, end)
         columns = _columns(int(tree.positions[stop - 1]) + 1)
         if not lanes:
             stop = min(stop, at + max(1, scores // columns))
@@ -138,19 +139,16 @@ def _lanes(tree: Tree, start: int, tokens: int, scores: int) -> list[tuple[int, 
     return lanes
 
 
-def _plan(tree: Tree, lanes: list[tuple[int, int]]) -> Pass:
+def _plan(tree: Tree, rows: Mapping[Node, IntArray], first_row: int, lanes: list[tuple[int, int]]) -> Pass:
     start, stop = lanes[0][0], lanes[-1][1]
     owners = [int(tree.owners[first]) for first, _ in lanes]
     # what each lane attends to in the tree: its path up to its last token of this pass
     paths = [tree.paths[owner] for owner in owners]
     paths = [path[path < last] for path, (_, last) in zip(paths, lanes, strict=True)]
-    earlier = np.unique(np.concatenate(paths))
-    earlier = earlier[earlier < start]
-    lines = [lineage(tree.parents[owner]) for owner in owners]
-    ancestors = list(dict.fromkeys(node for line in lines for node in line))
-    offsets = np.cumsum([0, *map(own_length, ancestors)])
-    columns = {node: np.arange(first, last) for node, first, last in zip(ancestors, offsets, offsets[1:], strict=False)}
-    past = int(offsets[-1]) + len(earlier)
+    parents = [tree.parents[owner] for owner in owners]
+    old = [np.concatenate([rows[parent] if parent else NO_ROWS, first_row + path[path < start]])
+           for parent, path in zip(parents, paths, strict=True)]
+    past = max((int(each.max()) + 1 for each in old if len(each)), default=0)
 
     width = _columns(max(int(tree.positions[last - 1]) + 1 for _, last in lanes))
     depth = max(QUERIES, *(last - first for first, last in lanes))
@@ -160,11 +158,9 @@ def _plan(tree: Tree, lanes: list[tuple[int, int]]) -> Pass:
         queries[lane] = first - start
         queries[lane, : last - first] = np.arange(first, last) - start
         places[first - start : last - start] = lane * depth + np.arange(last - first)
-        old = paths[lane] < start
-        in_tree = np.where(old, offsets[-1] + np.searchsorted(earlier, paths[lane]), past + paths[lane] - start)
-        line = np.concatenate([*(columns[node] for node in lines[lane]), in_tree])
+        line = np.concatenate([old[lane], past + paths[lane][paths[lane] >= start] - start])
         keys[lane, : len(line)] = line
     ends = np.unique([path[-1] for path in tree.paths])
-    rows = ends[(ends >= start) & (ends < stop)] - start
-    rows = rows if len(rows) else np.asarray([stop - start - 1])
-    return Pass(start, stop, ancestors, earlier, queries, places, keys, rows, places[rows] // depth)
+    asked = ends[(ends >= start) & (ends < stop)] - start
+    asked = asked if len(asked) else np.asarray([stop - start - 1])
+    return Pass(start, stop, past, queries, places, keys, asked, places[asked] // depth)

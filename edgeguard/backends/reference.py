@@ -83,20 +83,26 @@ class ReferenceBackend:
     def _layer(self, layer: int, x: FloatArray, positions: NDArray[np.int64],
                past: tuple[list[FloatArray], list[FloatArray]], cache: Cache) -> FloatArray:
         """One decoder layer: (T, hidden) to (T, hidden); its keys and values are added to `cache`."""
-        def linear(value: FloatArray, name: str) -> FloatArray:
-            return np.asarray(value @ self._tensor(f"model.layers.{layer}.{name}.weight").T)
-
-        normed = self._norm(x, f"model.layers.{layer}.input_layernorm.weight")
-        q, k, v = (self._heads(linear(normed, f"self_attn.{name}_proj")) for name in "qkv")
-        k = self._rotate(k, positions)
-        cache.append((k, v))
-        attended = self._attend(self._rotate(q, positions), np.concatenate([*past[0], k], 1), np.concatenate([*past[1], v], 1))
-        x = x + linear(attended, "self_attn.o_proj")
-        normed = self._norm(x, f"model.layers.{layer}.post_attention_layernorm.weight")
-        gate = linear(normed, "mlp.gate_proj")
+        name = f"model.layers.{layer}."
+        normed = self._norm(x, f"{name}input_layernorm.weight")
+        q, k, v = (self._heads(self._linear(normed, f"{name}self_attn.{part}_proj")) for part in "qkv")
+        attended = self._remembering(self._rotate(q, positions), self._rotate(k, positions), v, past, cache)
+        x = x + self._linear(attended, f"{name}self_attn.o_proj")
+        normed = self._norm(x, f"{name}post_attention_layernorm.weight")
+        gate = self._linear(normed, f"{name}mlp.gate_proj")
         with np.errstate(over="ignore"):
             activated = gate / (1 + np.exp(-gate))
-        return np.asarray(x + linear(activated * linear(normed, "mlp.up_proj"), "mlp.down_proj"))
+        return np.asarray(x + self._linear(activated * self._linear(normed, f"{name}mlp.up_proj"), f"{name}mlp.down_proj"))
+
+    def _linear(self, value: FloatArray, name: str) -> FloatArray:
+        """A linear layer, named without `.weight`."""
+        return np.asarray(value @ self._tensor(f"{name}.weight").T)
+
+    def _remembering(self, q: FloatArray, k: FloatArray, v: FloatArray,
+                     past: tuple[list[FloatArray], list[FloatArray]], cache: Cache) -> FloatArray:
+        """Attention to the past and to the own tokens, whose keys and values go into `cache`."""
+        cache.append((k, v))
+        return self._attend(q, np.concatenate([*past[0], k], 1), np.concatenate([*past[1], v], 1))
 
     def _norm(self, x: FloatArray, name: str) -> FloatArray:
         """RMSNorm."""

@@ -16,6 +16,7 @@ from edgeguard.cli.models import app as models
 from edgeguard.cli.prompt import prompt
 from edgeguard.cli.serve import serve
 from edgeguard.cli.status import ERROR, SAFE, UNSAFE
+from edgeguard.cli.tune import tune
 from edgeguard.errors import RuntimeMissingError
 
 INTERRUPTED = 130
@@ -33,6 +34,7 @@ app.command()(check)
 app.command()(prompt)
 app.add_typer(models, name="models")
 app.command()(doctor)
+app.command()(tune)
 app.command()(serve)
 
 
@@ -65,7 +67,7 @@ def root(
 ) -> None:
     """A command line without a command is an error, though asking for help is none."""
     if context.invoked_subcommand is None:
-        raise typer.BadParameter("A command is needed: check, prompt, models, doctor, serve, convert or bench.", ctx=context)
+        raise typer.BadParameter("A command is needed: check, prompt, models, doctor, tune, serve, convert or bench.", ctx=context)
 
 
 def _hand_over(context: typer.Context, package: str) -> None:

@@ -12,10 +12,11 @@ import psutil
 import typer
 from rich.text import Text
 
-from edgeguard import __version__, machine, store
-from edgeguard.backends import llama_native, onnx_session
+from edgeguard import __version__, loading, machine, store
+from edgeguard.cli.check import ModelOption
 from edgeguard.cli.console import facts, line, show, size, waiting, write_json
 from edgeguard.cli.status import ERROR
+from edgeguard.cli.tune import told
 from edgeguard.errors import EdgeGuardError
 from edgeguard.guard import Guard
 
@@ -24,12 +25,13 @@ BACKENDS = ("onnx", "llama")
 
 
 def doctor(
+    model: ModelOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object, on one line.")] = False,
     probe: Annotated[bool, typer.Option(help="Measure each installed backend for two seconds.")] = True,
 ) -> None:
     """Look at this machine: processor, memory, runtimes, devices, what is chosen and why, and the speed."""
     with waiting("Looking and measuring"):
-        found = diagnose(probe=probe)
+        found = diagnose(model, probe=probe)
     if as_json:
         write_json(found)
     else:
@@ -38,13 +40,15 @@ def doctor(
         raise typer.Exit(ERROR)
 
 
-def diagnose(*, probe: bool) -> dict[str, Any]:
-    """Everything as plain values; `problems` says what keeps edgeguard from working."""
+def diagnose(model: str | None = None, *, probe: bool) -> dict[str, Any]:
+    """Everything as plain values, the choice for a model, by default the built-in one; `problems` keep edgeguard from working."""
+    from edgeguard.backends.kernels import kernel
+
     cpu, installed = machine.cpu(), machine.runtimes()
     conflict = machine.runtime_conflict(installed)
     usable = {runtime.backend for runtime in installed if runtime.version}
     probes = [measure(backend) for backend in BACKENDS if probe and backend in usable]
-    choice = _choice()
+    choice = _choice(model)
     problems = [conflict] if conflict else []
     if not usable:
         problems.append(f"No runtime is installed. {installed[0].install}")
@@ -56,6 +60,7 @@ def diagnose(*, probe: bool) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": {**asdict(cpu), "flags": sorted(cpu.flags), "int8": cpu.int8},
+        "kernels": {precision: {"name": (each := kernel(cpu, precision)).name, "reason": each.reason} for precision in ("int8", "int4")},
         "threads": asdict(machine.threads()),
         "memory": {"available": machine.available_memory(), "total": int(psutil.virtual_memory().total)},
         "runtimes": [{**asdict(runtime), "install": runtime.install} for runtime in installed],
@@ -74,8 +79,12 @@ def devices(backend: str) -> list[str]:
             machine.no_telemetry()
             import onnxruntime
 
+            from edgeguard.backends import onnx_session
+
             offered = onnxruntime.get_available_providers()
             return [device for device, provider in onnx_session.PROVIDERS.items() if provider in offered]
+        from edgeguard.backends import llama_native
+
         return ["cpu", *llama_native.devices(llama_native.library())]
     except Exception:  # a broken native library; the probe says what is wrong
         return []
@@ -105,14 +114,26 @@ def measure(backend: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _choice() -> dict[str, str]:
-    from edgeguard.loading import choose
-
+def _choice(model: str | None) -> dict[str, Any]:
+    """What `auto` takes for a model, why, what was measured for it, and which prefixes are at hand."""
     try:
-        choice = choose(None, "auto")
+        choice, (tuned, why) = loading.choose(model), loading.tuned_record(model)
     except EdgeGuardError as error:
         return {"error": str(error)}
-    return {"backend": choice.backend, "folder": str(choice.model.folder), "reason": choice.reason}
+    measured = tuned.to_dict() if tuned else {"error": f"{why}: edgeguard tune" + (f" --model {model}" if model else "")}
+    return {
+        "backend": choice.backend, "folder": str(choice.model.folder), "reason": choice.reason, "threads": choice.threads,
+        "prepacked": choice.prepacked, "tuned": measured, "prefixes": _prefixes(choice.model),
+    }
+
+
+def _prefixes(model: store.Model) -> dict[str, Any]:
+    """Prefix states that a new process does not have to evaluate: the artifact's own, and those in the cache."""
+    own = [prefix.role for prefix in model.manifest.prefixes] if isinstance(model, store.Artifact) else []
+    known = store.digest(model, known=True)
+    cache = store.PrefixCache(store.cache_folder() / "prefixes", {"model": known})
+    held = cache.entries() if known else []
+    return {"own": own, "cached": len(held), "bytes": sum(count for _, count in held), "folder": str(cache.folder)}
 
 
 def report(found: dict[str, Any]) -> list[Text]:
@@ -121,7 +142,7 @@ def report(found: dict[str, Any]) -> list[Text]:
     pairs = [
         ("edgeguard", f"{found['edgeguard']}, Python {found['python']}, {found['platform']}"),
         ("processor", f"{cpu['model'] or cpu['vendor'] or 'unknown'}, {cpu['arch']}; {' '.join(cpu['flags'])}"),
-        ("int8", "fast dot products" if cpu["int8"] else "no VNNI or dotprod: int8 models run in reduced range or slower"),
+        *((f"{precision} kernel", f"{each['name']}: {each['reason']}") for precision, each in found["kernels"].items()),
         ("threads", f"{threads['count']}, because of {threads['reason']}"),
         ("memory", f"{size(memory['available'])} available of {size(memory['total'])}"),
         *((runtime["name"], runtime["version"] or f"not installed: {runtime['install']}") for runtime in found["runtimes"]),
@@ -130,10 +151,23 @@ def report(found: dict[str, Any]) -> list[Text]:
         ("network", "forbidden (offline)" if found["store"]["offline"] else "used by `models pull` and `convert` with a hub id only"),
     ]
     if "error" not in choice:
-        pairs.append(("chosen", f"{choice['backend']}: {choice['reason']}"))
+        pairs += _chosen(choice)
     pairs += [(f"{each['backend']} speed", _speed(each)) for each in found["probes"]]
     problems = [line(("  problem  ", "red"), problem) for problem in found["problems"]]
     return [*facts(pairs), *(problems or [line(("  all well", "green"))])]
+
+
+def _chosen(choice: dict[str, Any]) -> list[tuple[str, str]]:
+    tuned, prefixes = choice["tuned"], choice["prefixes"]
+    threads = "" if choice["threads"] is None else f", {choice['threads']} threads"
+    own = f"the artifact has its own ({', '.join(prefixes['own'])}); " if prefixes["own"] else ""
+    pairs = [("chosen", f"{choice['backend']}{threads}: {choice['reason']}")]
+    if "error" in tuned:
+        pairs.append(("measured", f"no, {tuned['error']}"))
+    else:
+        record = store.Tuned.from_dict(tuned)
+        pairs += [("measured" if place == 0 else "", f"{each.title}: {told(each)}") for place, each in enumerate(record.candidates)]
+    return [*pairs, ("prefixes", f"{own}{prefixes['cached']} in the cache ({size(prefixes['bytes'])})")]
 
 
 def _speed(probe: dict[str, Any]) -> str:

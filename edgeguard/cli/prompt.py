@@ -15,7 +15,6 @@ from edgeguard.cli.console import terminal, warn, write, write_json
 from edgeguard.cli.inputs import MessagesOption, NeutraliseOption, PolicyOption, RoleOption, TextArgument, given
 from edgeguard.conversation import Conversation
 from edgeguard.errors import ModelFileError
-from edgeguard.gguf_check import check_gguf
 from edgeguard.policy import Policy
 from edgeguard.prompt import render
 from edgeguard.store import Artifact, resolve
@@ -63,5 +62,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     try:
         return GgufTokenizer.load(path)
     except ModelFileError:
+        from edgeguard.gguf_check import check_gguf
+
         check_gguf(path)  # llama.cpp only says that it failed; a file of nothing but a vocabulary is no model, yet enough here
         raise

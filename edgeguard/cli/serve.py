@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import ipaddress
 import math
 import signal
@@ -11,7 +10,6 @@ from typing import Annotated, Any
 
 import typer
 
-from edgeguard.aio import AsyncGuard
 from edgeguard.cli.check import BackendName, BackendOption, DeviceOption, ModelOption, ProfileOption, ThreadsOption
 from edgeguard.cli.console import waiting, warn, write
 from edgeguard.cli.inputs import NeutraliseOption, PolicyOption
@@ -54,6 +52,10 @@ def serve(
         raise RuntimeMissingError("starlette and uvicorn", "server") from error
     except ImportError as error:
         raise RuntimeMissingError("starlette or uvicorn", "server", str(error)) from error
+    import asyncio  # slow, and the other commands do without
+
+    from edgeguard.aio import AsyncGuard
+
     with listen(host, port) as listening:
         address, port = listening.getsockname()[:2]
         inside = ipaddress.ip_address(address.partition("%")[0]).is_loopback

@@ -5,7 +5,9 @@ from edgeguard.store.catalogue import (
     Entry,
     Model,
     built_in_folder,
+    cache_folder,
     check_files,
+    digest,
     entry,
     home,
     locate,
@@ -17,32 +19,43 @@ from edgeguard.store.catalogue import (
 from edgeguard.store.download import pull, remove, verify
 from edgeguard.store.files import Differences, FileRecord, Progress, record, records, sha256, write_text
 from edgeguard.store.manifest import Artifact, Kind, Manifest, PrefixRecord
+from edgeguard.store.prefix_cache import PrefixCache
+from edgeguard.store.tuned import Candidate, Setting, Tuned, read_tuned, tuned_path, write_tuned
 
 __all__ = [
     "Artifact",
     "BareModel",
+    "Candidate",
     "Differences",
     "Entry",
     "FileRecord",
     "Kind",
     "Manifest",
     "Model",
+    "PrefixCache",
     "PrefixRecord",
     "Progress",
+    "Setting",
+    "Tuned",
     "built_in_folder",
+    "cache_folder",
     "check_files",
+    "digest",
     "entry",
     "home",
     "locate",
     "models",
     "offline",
     "pull",
+    "read_tuned",
     "record",
     "records",
     "remove",
     "resolve",
     "scan",
     "sha256",
+    "tuned_path",
     "verify",
     "write_text",
+    "write_tuned",
 ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -71,6 +73,11 @@ def home() -> Path:
     """Where installed models live: $EDGEGUARD_HOME, else the system's folder for a user's data. Not made here."""
     given = os.environ.get("EDGEGUARD_HOME")
     return Path(given).expanduser() if given else Path(platformdirs.user_data_dir("edgeguard", appauthor=False))
+
+
+def cache_folder() -> Path:
+    """Where that lives which can be made again at any time: prefix states, prepacked weights, what `tune` measured."""
+    return home() / ".cache"
 
 
 def offline() -> bool:
@@ -174,6 +181,20 @@ def check_files(model: Model, progress: Progress | None = None) -> None:
     """
     if isinstance(model, Artifact):
         check(model.folder, model.manifest.files, Seen(home() / ".seen.json"), progress)
+
+
+def digest(model: Model, *, known: bool = False) -> str:
+    """What tells a model from every other: its manifest's hashes, or the SHA-256 of a bare GGUF, read once and remembered.
+
+    With `known`, no file is read for it. Empty for other models without a manifest, and where nothing can be remembered.
+    """
+    if isinstance(model, Artifact):
+        hashes = sorted((name, record.sha256) for name, record in model.manifest.files.items())
+        return hashlib.sha256(json.dumps(hashes).encode()).hexdigest()
+    if model.kind != "gguf":
+        return ""
+    seen = Seen(home() / ".seen.json")
+    return seen.recall(model.weights) if known else seen.once(model.weights)
 
 
 def _in_folder(folder: Path) -> list[Model]:

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
-
 from edgeguard.errors import ModelFileError, StoreError
 
 Progress = Callable[[str, int, int], None]
@@ -109,18 +107,38 @@ class Seen:
 
     def sha256(self, path: Path, progress: Progress | None = None) -> str:
         """As remembered while the file is unchanged, else computed and remembered."""
-        found = path.stat()
-        # whoever sets the time of a file back cannot set back when that was done (st_ctime)
-        key, mark = str(path.resolve()), [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
-        entry = self.known.get(key)
-        if isinstance(entry, list) and entry[:-1] == mark and isinstance(entry[-1], str):
-            return entry[-1]
+        if remembered := self.recall(path):
+            return remembered
+        mark = _mark(path)
         digest = sha256(path, progress)
-        self.known[key] = [*mark, digest]
+        self.known[str(path.resolve())] = [*mark, digest]
         with suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self.path, json.dumps(self.known))
+            self._write()
         return digest
+
+    def recall(self, path: Path) -> str:
+        """As remembered while the file is unchanged, else empty."""
+        entry = self.known.get(str(path.resolve()))
+        return entry[-1] if isinstance(entry, list) and entry[:-1] == _mark(path) and isinstance(entry[-1], str) else ""
+
+    def once(self, path: Path, progress: Progress | None = None) -> str:
+        """As `sha256`, but empty where it could not be remembered: a large file is not read again and again."""
+        try:
+            if not self.recall(path):
+                self._write()
+            return self.sha256(path, progress)
+        except OSError:
+            return ""
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.path, json.dumps(self.known))
+
+
+def _mark(path: Path) -> list[int]:
+    """What tells that a file is the one that was hashed; whoever sets its time back cannot set back when (st_ctime)."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
 
 def check(folder: Path, expected: Mapping[str, FileRecord], seen: Seen, progress: Progress | None = None) -> None:
@@ -158,6 +176,8 @@ def locked(path: Path, timeout: float = 10, what: str = "") -> Iterator[None]:
 
     Raises `StoreError` when another process has it.
     """
+    import filelock  # brings asyncio, and no verdict needs a lock
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(path, timeout=timeout):

@@ -71,6 +71,8 @@ class Manifest:
     gate: Mapping[str, Any] = field(default_factory=dict)
     """Numbers of the comparison with the source."""
     licence: str = ""
+    conversion: Mapping[str, Any] = field(default_factory=dict)
+    """What it took to make it: `memory`, peaks in bytes. Old manifests have none."""
 
     @classmethod
     def read(cls, folder: str | Path) -> Manifest:
@@ -111,6 +113,7 @@ class Manifest:
             licence=read("licence", _string),
             builder=read("builder", _string),
             **{name: read(name, _mapping) for name in ("source", "types", "probe", "gate")},
+            conversion=read("conversion", _mapping) if "conversion" in data else {},
         )
         read.done()
         manifest._check()
@@ -126,7 +129,7 @@ class Manifest:
             "shape": self.shape.to_dict(),
             "head_ids": list(self.head_ids),
             "prefixes": [{**vars(prefix), "ids": list(prefix.ids)} for prefix in self.prefixes],
-            **{name: dict(plain[name]) for name in ("source", "types", "probe", "gate")},
+            **{name: dict(plain[name]) for name in ("source", "types", "probe", "gate", "conversion")},
         }
 
     def write(self, folder: str | Path) -> Path:

@@ -1,0 +1,37 @@
+"""`edgeguard bench synthesize`: the command around `bench.synthesize`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from edgeguard.bench.synthesize import CHECKPOINT, SHAPES, WHATS
+from edgeguard.bench.synthesize import synthesize as make
+from edgeguard.cli.console import facts, show, size
+from edgeguard.convert.cli import say, stages
+from edgeguard.convert.memory import MemoryMeter
+
+SHAPE = f"{', '.join(SHAPES)}, or the path of a config.json; its vocabulary must hold Llama 3's."
+
+
+def synthesize(
+    *,
+    what: Annotated[str, typer.Option(help=f"{', '.join(WHATS)}.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="The folder to make.", show_default=False)],
+    shape: Annotated[str, typer.Option(help=SHAPE)] = "llama-guard-2",
+    seed: Annotated[int, typer.Option(min=0, help="All that is made of one shape and seed holds the very same weights.")] = 0,
+) -> None:
+    """Make a model of random weights at true size, to measure speed with; its verdicts mean nothing."""
+    with MemoryMeter() as meter, stages() as report:
+        made = make(what, out, shape=shape, seed=seed, tell=say, progress=report)
+    peaks = meter.look()
+    anonymous = "not told by this system" if peaks["anonymous"] is None else size(peaks["anonymous"])
+    about = made.manifest
+    show([Text(f"{about.name if about else CHECKPOINT} in {made.folder}"), *facts([
+        ("size", size(sum(path.stat().st_size for path in made.folder.iterdir()))),
+        *([("types", ", ".join(f"{count} {kind}" for kind, count in sorted(about.types.items())))] if about else []),
+        ("memory", f"anonymous {anonymous} at the peak, resident {size(peaks['resident'] or 0)}"),
+    ])])

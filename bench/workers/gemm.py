@@ -1,0 +1,202 @@
+"""The worker for machine ceilings: products of one runtime at given sizes, and read bandwidth; nothing of edgeguard in it.
+
+`load` takes the option `runtime`; `judge` takes `sizes`, a list of [M, K, N], and `budget`, seconds for each, and gives back
+`rates`: for every size the GMAC/s of each repetition, with the name of the operator that was fastest.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from protocol import Judged, serve  # type: ignore[import-not-found]  # a script's own folder is on its path
+
+Product = Callable[[], object]
+Products = Iterator[tuple[str, Product]]
+"""Operators by name, each as a call that multiplies once."""
+LEAST = 5
+READ_BYTES = 1 << 30
+
+
+class GemmEngine:
+    """One runtime's products."""
+
+    def load(self, model: str, threads: int, options: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG002
+        """Import the runtime; no model is needed."""
+        self._threads, name = threads, options["runtime"]
+        version, self._products = RUNTIMES[name](threads)
+        return {"runtime": version, "device": "cpu", "precision": options.get("precision", ""), "threads": threads, "kernel": "",
+                "bytes": 0, "fallbacks": []}
+
+    def judge(self, request: Mapping[str, Any]) -> Judged:
+        """The products of all sizes."""
+        rates: list[list[float]] = []
+        operators: list[str] = []
+        failures: list[str] = []
+        for m, k, n in request["sizes"]:
+            found: list[tuple[str, list[float]]] = []
+            for operator, product in self._tried(m, k, n, failures):
+                amount = m * k * max(n, 1) / 1e9  # of reading: bytes
+                found.append((operator, [amount / taken for taken in _timed(product, request["budget"])]))
+            if not found:
+                raise RuntimeError("; ".join(failures) or "the runtime has no product of this kind")
+            operator, best = max(found, key=lambda each: sorted(each[1])[len(each[1]) // 2])
+            rates.append(best)
+            operators.append(operator)
+        return Judged([], extra={"rates": rates, "operators": operators, "failures": failures})
+
+    def _tried(self, m: int, k: int, n: int, failures: list[str]) -> Products:
+        """Every operator that runs here."""
+        products = self._products(m, k, n)
+        for operator, make in products:
+            try:
+                product = make()
+                product()
+            except Exception as error:  # an operator that this build lacks; others may be there
+                failures.append(f"{operator}: {type(error).__name__}: {str(error)[:200]}")
+                continue
+            yield operator, product
+
+
+def _timed(product: Product, budget: float) -> list[float]:
+    """Seconds of repetitions for as long as the budget lasts."""
+    product()
+    taken: list[float] = []
+    began = time.perf_counter()
+    while len(taken) < LEAST or time.perf_counter() - began < budget:
+        start = time.perf_counter()
+        product()
+        taken.append(time.perf_counter() - start)
+    return taken
+
+
+Made = Iterator[tuple[str, Callable[[], Product]]]
+Runtime = tuple[str, Callable[[int, int, int], Made]]
+
+
+def _onnxruntime(threads: int, kind: str) -> Runtime:
+    import numpy as np
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    def session(node: Any, given: tuple[str, int, tuple[int, int]], constants: Mapping[str, Any], n: int) -> Any:  # noqa: ANN401
+        name, type_, size = given
+        graph = helper.make_graph(
+            [node], "gemm", [helper.make_tensor_value_info(name, type_, size)],
+            [helper.make_tensor_value_info("y", TensorProto.FLOAT, (size[0], n))],
+            [numpy_helper.from_array(value, key) for key, value in constants.items()],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)])
+        model.ir_version = 10
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+    def products(m: int, k: int, n: int) -> Made:
+        random = np.random.default_rng(0)
+        scales = np.full(n, 0.01, np.float32)
+
+        def running(made: Any, value: Any) -> Product:  # noqa: ANN401
+            return lambda: made.run(None, {"x": value})
+
+        def integers() -> Product:
+            weights = random.integers(-127, 128, (k, n)).astype(np.int8)
+            constants = {"w": weights, "xs": np.float32(0.01), "ws": scales, "xz": np.uint8(128)}
+            node = helper.make_node("MatMulIntegerToFloat", ["x", "w", "xs", "ws", "xz"], ["y"], domain="com.microsoft")
+            value = random.integers(0, 256, (m, k)).astype(np.uint8)
+            return running(session(node, ("x", TensorProto.UINT8, (m, k)), constants, n), value)
+
+        def dynamic() -> Product:
+            weights = random.integers(-127, 128, (k, n)).astype(np.int8)
+            node = helper.make_node("DynamicQuantizeMatMul", ["x", "w", "ws"], ["y"], domain="com.microsoft")
+            value = random.standard_normal((m, k)).astype(np.float32)
+            return running(session(node, ("x", TensorProto.FLOAT, (m, k)), {"w": weights, "ws": scales}, n), value)
+
+        def floats() -> Product:
+            weights = random.standard_normal((k, n)).astype(np.float32)
+            node = helper.make_node("MatMul", ["x", "w"], ["y"])
+            value = random.standard_normal((m, k)).astype(np.float32)
+            return running(session(node, ("x", TensorProto.FLOAT, (m, k)), {"w": weights}, n), value)
+
+        if kind == "float":
+            yield "MatMul", floats
+        else:
+            yield from (("MatMulIntegerToFloat", integers), ("DynamicQuantizeMatMul", dynamic))
+
+    return f"onnxruntime {onnxruntime.__version__}", products
+
+
+def _torch(threads: int) -> Runtime:
+    import torch
+
+    torch.set_num_threads(threads)
+    torch.backends.quantized.engine = "onednn"
+
+    def products(m: int, k: int, n: int) -> Made:
+        def int_mm() -> Product:
+            left = torch.randint(-127, 128, (m, k), dtype=torch.int8)
+            right = torch.randint(-127, 128, (k, n), dtype=torch.int8)
+            return lambda: torch._int_mm(left, right)  # noqa: SLF001  there is no public name for it
+
+        def linear() -> Product:
+            quantised = torch.quantize_per_tensor(torch.randn(n, k), 0.05, 0, torch.qint8)
+            packed = torch.ops.quantized.linear_prepack(quantised, None)
+            value = torch.randn(m, k)
+            return lambda: torch.ops.quantized.linear_dynamic(value, packed, False)
+
+        yield from (("torch._int_mm", int_mm), ("quantized.linear_dynamic (onednn)", linear))
+
+    return f"torch {torch.__version__}", products
+
+
+def _openvino(threads: int) -> Runtime:
+    import numpy as np
+    import openvino
+    from openvino import opset13 as ops
+
+    core = openvino.Core()
+
+    def products(m: int, k: int, n: int) -> Made:
+        def quantised() -> Product:
+            """Both sides in 255 levels, as its own quantiser writes them; the plugin makes an int8 product of it."""
+            value = ops.parameter([m, k], np.float32, name="x")
+            weights = ops.constant(np.random.default_rng(0).standard_normal((k, n)).astype(np.float32))
+            low, high = np.float32(-4), np.float32(4)
+            left = ops.fake_quantize(value, low, high, low, high, 256)
+            right = ops.fake_quantize(weights, low, high, low, high, 255)
+            model = openvino.Model([ops.matmul(left, right, False, False)], [value], "gemm")
+            compiled = core.compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"})
+            given = np.random.default_rng(1).standard_normal((m, k)).astype(np.float32)
+            request = compiled.create_infer_request()
+            return lambda: request.infer({0: given})
+
+        yield "MatMul of quantised sides", quantised
+
+    return f"openvino {openvino.__version__}", products
+
+
+def _read(threads: int) -> Runtime:
+    import numpy as np
+
+    def products(m: int, k: int, n: int) -> Made:  # noqa: ARG001  the size is fixed: beyond every cache
+        parts = np.array_split(np.ones(k // 8, np.int64), threads)
+        pool = ThreadPoolExecutor(threads)
+        yield "maximum of int64", lambda: (lambda: list(pool.map(np.max, parts)))
+        yield "sum of int64", lambda: (lambda: list(pool.map(np.sum, parts)))
+
+    return f"numpy {np.__version__}", products
+
+
+RUNTIMES: Mapping[str, Callable[[int], Runtime]] = {
+    "onnxruntime": lambda threads: _onnxruntime(threads, "int8"),
+    "onnxruntime-float": lambda threads: _onnxruntime(threads, "float"),
+    "torch": _torch,
+    "openvino": _openvino,
+    "read": _read,
+}
+
+
+if __name__ == "__main__":
+    serve(GemmEngine())

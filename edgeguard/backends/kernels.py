@@ -1,0 +1,113 @@
+"""Which 8- and 4-bit kernels of ONNX Runtime are right on a processor: chosen by its record, then tried, and refused if wrong.
+
+On x86 a product of unsigned by signed bytes is added up in pairs of 16 bits, which saturates, unless the processor has VNNI.
+There the runtime is told to take both as unsigned, which is exact and slower, and keeps a converted copy of the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeguard.backends.onnx_protobuf import int4_product, int8_product
+from edgeguard.errors import InferenceError
+from edgeguard.machine import Cpu
+
+QUANTISED = ("int8", "int4")
+"""Precisions whose kernels are tried; an int4 artifact may hold layers of 8 bits."""
+EXACT_X86 = {"session.x64quantprecision": "1"}
+BLOCK = 32  # of 4-bit weights
+ROUNDING = 0.5  # of a step: as far as activations in 8 bits may be from what they were
+
+Multiply: TypeAlias = Callable[[bytes, Mapping[str, str], NDArray[Any]], NDArray[np.float32]]
+"""Runs a model of one product, with session entries, on `a`; gives `y`."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """How products are computed."""
+
+    name: str
+    """`vnni`, `unsigned`, `dotprod`, ...; `float` for precisions without quantised products."""
+    entries: Mapping[str, str] = field(default_factory=dict)
+    """Of the session's configuration."""
+    reason: str = ""
+
+
+# for each architecture the features that decide, best first; the name of a kernel and why it is right
+CHOICES: Mapping[str, tuple[tuple[str, Kernel], ...]] = {
+    "x86_64": (
+        ("amx_int8", Kernel("amx", {}, "the processor has AMX, whose byte products are added up in 32 bits")),
+        ("avx512_vnni", Kernel("avx512-vnni", {}, "the processor has AVX-512 VNNI, whose byte products are added up in 32 bits")),
+        ("avx_vnni", Kernel("avx-vnni", {}, "the processor has AVX-VNNI, whose byte products are added up in 32 bits")),
+    ),
+    "arm64": (
+        ("i8mm", Kernel("i8mm", {}, "the processor has i8mm, whose byte products are added up in 32 bits")),
+        ("dotprod", Kernel("dotprod", {}, "the processor has dotprod, whose byte products are added up in 32 bits")),
+    ),
+}
+REST: Mapping[str, Kernel] = {
+    "x86_64": Kernel("unsigned", EXACT_X86, "the processor has no VNNI, so signed byte products would saturate"),
+    "arm64": Kernel("neon", {}, "NEON multiplies bytes to 16 bits and adds them up in 32"),
+}
+UNKNOWN = Kernel("generic", {}, "the processor is unknown")
+FLOAT = Kernel("float", {}, "no product is quantised")
+
+
+def kernel(cpu: Cpu, precision: str) -> Kernel:
+    """What is right on a processor by what is known of it."""
+    if precision not in QUANTISED:
+        return FLOAT
+    for feature, choice in CHOICES.get(cpu.arch, ()):
+        if feature in cpu.flags:
+            return choice
+    return REST.get(cpu.arch, UNKNOWN)
+
+
+def tried(cpu: Cpu, precision: str, multiply: Multiply) -> Kernel:
+    """The kernel for a processor, which has multiplied rightly; raises `InferenceError` when none does."""
+    first = kernel(cpu, precision)
+    if precision not in QUANTISED:
+        return first
+    if precision == "int4" and not is_close(multiply, first.entries):
+        raise InferenceError("The 4-bit kernels of this CPU give wrong sums; take an int8 or fp32 artifact or a GGUF.")
+    # some systems do not tell of VNNI: what multiplies rightly as it is needs no other way
+    plain = Kernel("signed", {}, "signed byte products were tried here and do not saturate") if first.entries else first
+    careful = first if first.entries else Kernel("unsigned", EXACT_X86, f"the kernel {first.name} was tried here and saturates")
+    for choice in (plain, careful):
+        if is_exact(multiply, choice.entries):
+            return choice
+    raise InferenceError("The 8-bit kernels of this CPU saturate and give wrong sums; take an fp32 artifact or a GGUF.")
+
+
+def is_exact(multiply: Multiply, entries: Mapping[str, str]) -> bool:
+    """Whether 8-bit products of the largest numbers there are, for one token and for many, give exact sums."""
+    weights = np.empty((576, 64), np.int8)
+    weights[:, ::3], weights[:, 1::3], weights[:, 2::3] = 127, -128, 1
+    weights[1::2, 2::3] = -128
+    activations = np.full((48, 576), 255, np.uint8)
+    activations[1::3], activations[2::3, ::2] = 0, 0
+    wanted = (activations.astype(np.int64) - 128) @ weights.astype(np.int64)
+    model = int8_product(weights)
+    return all(np.array_equal(multiply(model, entries, activations[:tokens]), wanted[:tokens]) for tokens in (1, len(activations)))
+
+
+def is_close(multiply: Multiply, entries: Mapping[str, str]) -> bool:
+    """Whether 4-bit products of the largest numbers there are differ no more than by the rounding of activations to 8 bits.
+
+    A step of that rounding is a 127th of the largest activation.
+    """
+    weights = np.empty((96, 512), np.uint8)
+    weights[::3], weights[1::3], weights[2::3] = 15, 0, np.arange(512) % 16
+    activations = np.ones((48, 512), np.float32)
+    activations[1::3] = -1
+    activations[2::3] = np.linspace(-1, 1, 512, dtype=np.float32)
+    signed = weights.T.astype(np.float64) - 8
+    wanted, allowed = activations.astype(np.float64) @ signed, 1.1 * ROUNDING / 127 * np.abs(signed).sum(0)
+    model = int4_product(weights, BLOCK)
+    return all(bool((np.abs(multiply(model, entries, activations[:tokens]) - wanted[:tokens]) <= allowed).all())
+               for tokens in (1, len(activations)))

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from edgeguard.backends import kernels, onnx_session
+from edgeguard.backends.kernels import EXACT_X86, is_close, is_exact, kernel, tried
+from edgeguard.errors import InferenceError
+from edgeguard.machine import Cpu, parse_cpuinfo, parse_sysctl
+
+INTEL = "vendor_id : GenuineIntel\nmodel name : Xeon\nflags : fma avx2 avx512f avx512bw {}\n"
+ARM = "CPU implementer : 0x41\nFeatures : fp asimd {}\n"
+RECORDED = {
+    "avx512-vnni": parse_cpuinfo(INTEL.format("avx512_vnni"), "x86_64"),
+    "amx": parse_cpuinfo(INTEL.format("avx512_vnni amx_tile amx_int8"), "x86_64"),
+    "avx-vnni": parse_cpuinfo("vendor_id : GenuineIntel\nflags : fma avx2 avx_vnni\n", "x86_64"),
+    "unsigned": parse_cpuinfo("vendor_id : AuthenticAMD\nmodel name : AMD EPYC 7763\nflags : fma avx2 f16c\n", "x86_64"),
+    "dotprod": parse_cpuinfo(ARM.format("asimddp"), "aarch64"),
+    "i8mm": parse_sysctl("machdep.cpu.brand_string: Apple M2\nhw.optional.arm.FEAT_I8MM: 1\nhw.optional.arm.FEAT_DotProd: 1\n", "arm64"),
+    "neon": parse_cpuinfo(ARM.format(""), "aarch64"),
+    "generic": Cpu("", "", "riscv64", frozenset()),
+}
+OLD = parse_cpuinfo(INTEL.format(""), "x86_64")  # AVX-512 without VNNI
+NOTHING = Cpu("", "", "x86_64", frozenset())
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_processor_gets_the_kernel_that_is_right_on_it(name: str) -> None:
+    chosen = kernel(RECORDED[name], "int8")
+    assert (chosen.name, kernel(RECORDED[name], "int4")) == (name, chosen)
+    assert dict(chosen.entries) == (EXACT_X86 if name == "unsigned" else {}) and chosen.reason
+
+
+@pytest.mark.parametrize("cpu", [OLD, NOTHING])
+def test_x86_without_vnni_does_not_multiply_signed(cpu: Cpu) -> None:
+    assert kernel(cpu, "int8").entries == EXACT_X86
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "exported"])
+def test_floats_need_no_choice(precision: str) -> None:
+    def never(*_: object) -> NDArray[np.float32]:
+        raise AssertionError
+
+    assert kernel(OLD, precision).name == tried(OLD, precision, never).name == "float"
+
+
+class Machine:
+    """Multiplies as processors do: exactly, or in pairs that saturate unless it is told to take bytes as unsigned."""
+
+    def __init__(self, *, saturates: bool, heeds: bool = True) -> None:
+        self.saturates, self.heeds, self.tried = saturates, heeds, 0
+
+    def __call__(self, model: bytes, entries: Mapping[str, str], a: NDArray[Any]) -> NDArray[np.float32]:
+        self.tried += 1
+        size = 576 * 64
+        start = model.index(b"b" + b"\x4a") + 2
+        while model[start] > 127:  # the length's varint
+            start += 1
+        weights = np.frombuffer(model[start + 1 :][:size], np.int8).reshape(576, 64).astype(np.int64)
+        if not self.saturates or (self.heeds and dict(entries) == EXACT_X86):
+            return ((a.astype(np.int64) - 128) @ weights).astype(np.float32)
+        pairs = a.astype(np.int64)[:, :, None] * weights
+        summed = np.clip(pairs[:, ::2] + pairs[:, 1::2], -32768, 32767).sum(1) - 128 * weights.sum(0)
+        return summed.astype(np.float32)
+
+
+def test_what_the_record_does_not_tell_is_tried() -> None:
+    """Windows does not tell of VNNI; an emulator may tell of it and not multiply so."""
+    vnni = RECORDED["avx512-vnni"]
+    assert tried(vnni, "int8", Machine(saturates=False)).name == "avx512-vnni"
+    assert tried(NOTHING, "int8", Machine(saturates=False)).entries == {}
+    assert tried(NOTHING, "int8", Machine(saturates=True)).entries == EXACT_X86
+    assert tried(vnni, "int8", Machine(saturates=True)).entries == EXACT_X86
+
+
+@pytest.mark.parametrize("cpu", [OLD, RECORDED["avx512-vnni"], RECORDED["neon"]])
+def test_a_processor_that_saturates_whatever_it_is_told_is_refused(cpu: Cpu) -> None:
+    with pytest.raises(InferenceError, match="saturate"):
+        tried(cpu, "int8", Machine(saturates=True, heeds=False))
+
+
+def test_this_machine_multiplies_rightly() -> None:
+    multiply = onnx_session._multiplied({})
+    assert is_exact(multiply, {}) or is_exact(multiply, EXACT_X86)
+    assert is_close(multiply, {}) and is_close(onnx_session._multiplied(onnx_session.UNPACKED), {})
+
+
+def test_4_bit_products_that_are_off_are_refused() -> None:
+    good = onnx_session._multiplied({})
+    for wrong in (lambda y: np.clip(y, -2000, 2000), lambda y: y + 40, lambda y: y * np.nan, lambda y: y[:, ::-1]):
+        with pytest.raises(InferenceError, match="4-bit"):
+            tried(OLD, "int4", lambda model, entries, a, wrong=wrong: wrong(good(model, entries, a)))
+
+
+def test_the_largest_numbers_are_among_those_tried() -> None:
+    seen: list[NDArray[Any]] = []
+    is_exact(lambda _model, _entries, a: seen.append(a) or np.zeros((len(a), 64), np.float32), {})
+    assert seen[0].max() == 255 and kernels.BLOCK == 32
