@@ -1,4 +1,4 @@
-"""Messages a second when several share a forward pass: 1, 4, 16 and 64 at once, in turn on one loaded model."""
+"""Messages a second when several share a forward pass, in packs of a few sizes, in turn on one loaded model."""
 
 from __future__ import annotations
 
@@ -14,34 +14,35 @@ from edgeguard.bench.estimate import Guess
 from edgeguard.bench.prompts import Prompts
 from edgeguard.bench.visits import FORCED, TOKENS
 
-PACKS = (1, 4, 16, 64)
 SINGLES = 4  # messages one by one in a turn, whose median is less shaky than one
 
 
-def steps(carriers: Sequence[Contender], turns: int, prompts: Prompts, guess: Guess, logs: Path, *, random: bool) -> list[Step]:
+def steps(carriers: Sequence[Contender], packs: Sequence[int], turns: int, prompts: Prompts, guess: Guess, logs: Path, *,
+          random: bool) -> list[Step]:
     """A step for each contender."""
     made = []
     for contender in carriers:
         cells = {
             pack: Cell(f"packed/{contender.key}/{pack}", "packed", contender.name, "s", {"tokens": TOKENS, "answer": "safe", "pack": pack})
-            for pack in PACKS
+            for pack in packs
         }
-        seconds = guess.start(contender) + sum(map(sum, _turns(turns))) * guess.message(contender, prompts, TOKENS)
+        planned = _turns(packs, turns)
+        seconds = guess.start(contender) + sum(map(sum, planned)) * guess.message(contender, prompts, TOKENS)
         step = f"packed/{contender.key}"
         made.append(Step(step, tuple(cells.values()), seconds,
-                         partial(_measure, contender, turns, cells, prompts, logs / f"{step}.log", random=random)))
+                         partial(_measure, contender, planned, cells, prompts, logs / f"{step}.log", random=random)))
     return made
 
 
-def _turns(number: int) -> list[list[int]]:
+def _turns(packs: Sequence[int], number: int) -> list[list[int]]:
     """Sizes of the packs of each turn; the largest, which takes longest and varies least, is in the first one only."""
-    return [[*[1] * SINGLES, *PACKS[1: None if turn == 0 else -1]] for turn in range(number)]
+    return [[*[1] * SINGLES, *packs[1: None if turn == 0 else -1]] for turn in range(number)]
 
 
-def _measure(contender: Contender, turns: int, cells: dict[int, Cell], prompts: Prompts, log: Path, *, random: bool) -> list[Cell]:
-    planned = _turns(turns)
+def _measure(contender: Contender, planned: Sequence[Sequence[int]], cells: dict[int, Cell], prompts: Prompts, log: Path, *,
+             random: bool) -> list[Cell]:
     items = prompts.items("safe", TOKENS, 0, sum(map(sum, planned)) + 1)
-    taken: dict[int, list[float]] = {pack: [] for pack in PACKS}
+    taken: dict[int, list[float]] = {pack: [] for pack in cells}
     threshold = FORCED["safe"] if random else None
     with Worker(contender.program, log) as worker:
         worker.load()

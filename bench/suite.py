@@ -33,6 +33,8 @@ class Suite:
     answers: tuple[str, ...]
     """Kinds of messages in a visit."""
     lengths: tuple[Length, ...]
+    packs: tuple[int, ...]
+    """Messages that share a pass, from 1 on."""
     turns: int
     """Of the packs."""
     packed: int
@@ -45,9 +47,9 @@ class Suite:
 
 SUITES = {
     suite.name: suite for suite in (
-        Suite("short", rounds=3, steady=8, answers=("safe", "unsafe"), turns=3, packed=2, starts=3, rows=300,
+        Suite("short", rounds=3, steady=8, answers=("safe", "unsafe"), packs=(1, 4, 16, 64), turns=3, packed=2, starts=3, rows=300,
               lengths=(Length(23, 20), Length(128, 10), Length(512, 5), Length(2048, 3), Length(8000, 1))),
-        Suite("full", rounds=3, steady=3, answers=("safe",), turns=2, packed=1, starts=2, rows=300,
+        Suite("full", rounds=3, steady=3, answers=("safe",), packs=(1, 4, 16), turns=2, packed=1, starts=2, rows=300,
               lengths=(Length(23, 10, best_only=True), Length(128, 3, best_only=True), Length(512, 3, best_only=True),
                        Length(2048, 3, best_only=True), Length(8000, 1, answers=("safe",)))),
     )
@@ -101,7 +103,7 @@ def plan(suite: Suite, model: Measured, setting: Setting, prompts: Prompts, gues
     ]
     alone = [
         *lengths.steps(carriers, suite.lengths, prompts, guess, logs, random=random),
-        *packed.steps(carriers[: suite.packed], suite.turns, prompts, guess, logs, random=random),
+        *packed.steps(carriers[: suite.packed], suite.packs, suite.turns, prompts, guess, logs, random=random),
         *starts.steps(pairs, suite.starts, prompts, guess, logs),
         *([] if random else fidelity.steps(model, data, setting, guess, folder, logs)),
     ]

@@ -19,11 +19,10 @@ from numpy.typing import NDArray
 from edgeguard import __version__, profiles
 from edgeguard.answers import Answers
 from edgeguard.architecture import Shape
-from edgeguard.backends.base import Run
 from edgeguard.bench import blocks, checkpoint
 from edgeguard.bench.llama3 import write_tokenizer
 from edgeguard.bench.synthetic import LLAMA_GUARD_2, RandomWeights, Script
-from edgeguard.convert import gate, probe, room
+from edgeguard.convert import gate_pieces, probe, room
 from edgeguard.convert.gguf_mix import tensor_types
 from edgeguard.convert.prefixes import save_prefix
 from edgeguard.convert.quantize import QuantisedTensor
@@ -118,7 +117,7 @@ def synthesize(what: str, out: Path, *, shape: str = "llama-guard-2", seed: int 
 
 
 def _needs(what: str, shape: Shape) -> room.Needs:
-    """Room for what is made; an ONNX artifact is also loaded once, for its prefixes."""
+    """Room for what is made. Of a GGUF or a checkpoint only pieces are in memory; a graph is loaded once, for its prefixes."""
     kind, _, precision = what.partition("-")
     size = 2 * shape.parameters + room.Contents().tokenizer if what == CHECKPOINT else room.artifact_bytes(shape, kind, precision)
     return room.Needs(size, size, room.BASE + (size * 6 // 5 if kind == "onnx" else 0))
@@ -162,9 +161,9 @@ def _onnx(plan: Plan, precision: str, rows: tuple[int, ...], progress: Progress)
     weights = plan.weights
 
     def quantised(name: str) -> QuantisedTensor | None:
-        if name == HEAD or name.endswith("norm.weight"):
+        if name in (EMBEDDING, HEAD) or name.endswith("norm.weight"):
             return None
-        how = blocks.int4_blocks if precision == "int4" and name != EMBEDDING else blocks.int8_rows
+        how = blocks.int4_blocks if precision == "int4" else blocks.int8_rows
         return how(weights.values(name), weights.scale(name))
 
     return build(weights, plan.folder, precision=cast(Precision, precision), head_ids=rows, quantised=quantised, progress=progress)

@@ -114,7 +114,9 @@ def cut(graph: Any, outputs: Sequence[str], weights: int) -> Iterator[Piece]:  #
     for node in nodes:
         new = {name for name in node.input if tensors.get(name)} - held
         if held and new and sum(tensors[name] for name in held | new) > weights:
-            groups.append([])
+            # a product in float16 keeps the Cast before it, for a runtime that multiplies in float32 leaves it out
+            half = [node.op_type, groups[-1][-1].op_type] == ["Gemm", "Cast"]
+            groups.append([groups[-1].pop()] if half else [])
             held = set()
         groups[-1].append(node)
         held |= new
@@ -153,8 +155,11 @@ def _model(onnx: Any, whole: Any, piece: Piece, values: Values) -> bytes:  # noq
     """A piece as a model: inputs have the types and dimensions of `values`, tensors stay where the whole model has them."""
     helper, read = onnx.helper, {name for node in piece.nodes for name in node.input}
     own = {value.name: value for value in [*whole.graph.input, *whole.graph.output]}
-    inputs = [own.get(name) or helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(values[name].dtype), [None] * values[name].ndim)
-              for name in piece.inputs]
+
+    def told(name: str, value: NDArray[Any]) -> object:
+        return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), [None] * value.ndim)
+
+    inputs = [own.get(name) or told(name, values[name]) for name in piece.inputs]
     # the runtime finds out the types of outputs
     outputs = [own.get(name) or onnx.ValueInfoProto(name=name) for name in piece.outputs]
     graph = helper.make_graph(piece.nodes, "piece", inputs, outputs, [tensor for tensor in whole.graph.initializer if tensor.name in read])

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from edgeguard.backends.reference import inverse_frequencies
 from edgeguard.convert.onnx_writer import GraphWriter
 from edgeguard.convert.pieces import chosen, pieces, quantised
-from edgeguard.convert.quantize import BLOCK, Importance, Int4Blocks, Int8Rows, QuantisedTensor, int4_blocks, int8_rows
+from edgeguard.convert.quantize import BLOCK, Importance, Int8Rows, QuantisedTensor, int4_blocks, int8_rows
 from edgeguard.errors import ConversionError
 from edgeguard.machine import default_threads
 from edgeguard.weights import Weights, expected
@@ -220,20 +220,10 @@ class _Builder:
         return self.hook(name) or quantised(self.weights, name, partial(quantise, importance=self.importance(name)), self.threads)
 
     def embedded(self) -> str:
-        """Rows of the embedding in float32; stored at 8 bits for int8 and int4."""
-        graph = self.graph
-        if self.precision in FLOATS:
-            found = graph.node("Gather", [self.float_tensor(EMBEDDING), "ids"])
-            return found if self.precision == "fp32" else graph.node("Cast", [found], to=1)
-        tensor = self.quantised(EMBEDDING, int8_rows)
-        if isinstance(tensor, Int4Blocks):
-            raise ConversionError("The embedding is stored at 8 bits; it was given at 4.")
-        values, factors = ([tensor.values], [tensor.scales]) if tensor else ([], [])
-        table = graph.tensor(EMBEDDING, np.int8, self.sizes[EMBEDDING], values, "int8")
-        scales = graph.tensor(f"{EMBEDDING}.scale", np.float32, [self.shape.vocab, 1], factors)
-        self.counted(EMBEDDING, "int8")
-        found = graph.node("Cast", [graph.node("Gather", [table, "ids"])], to=1)
-        return graph.node("Mul", [found, graph.node("Gather", [scales, "ids"])])
+        """Rows of the embedding in float32; stored as float16 unless all is float32: 8 bits there cost more verdicts than in the layers."""
+        table = self.float_tensor(EMBEDDING, FLOATS.get(self.precision, np.float16))
+        found = self.graph.node("Gather", [table, "ids"])
+        return found if self.precision == "fp32" else self.graph.node("Cast", [found], to=1)
 
     def head(self, head_ids: NDArray[np.int64]) -> str:
         """The output projection's rows of the kept ids."""
@@ -255,8 +245,7 @@ class _Builder:
         self.counted(name, word or "")
         return product
 
-    def float_tensor(self, name: str) -> str:
-        kind = FLOATS[self.precision]
+    def float_tensor(self, name: str, kind: type[np.floating[Any]]) -> str:
         rows = (self.weights.rows(name, part).astype(kind, copy=False) for part in pieces(*self.sizes[name]))
         self.graph.tensor(name, kind, self.sizes[name], _finite(name, rows))
         self.counted(name, np.dtype(kind).name)
@@ -264,7 +253,8 @@ class _Builder:
 
     def float_linear(self, value: str, name: str) -> str:
         graph, half = self.graph, self.precision == "fp16"
-        value = graph.node("Gemm", [graph.node("Cast", [value], to=10) if half else value, self.float_tensor(name)], transB=1)
+        value = graph.node("Gemm", [graph.node("Cast", [value], to=10) if half else value, self.float_tensor(name, FLOATS[self.precision])],
+                           transB=1)
         return graph.node("Cast", [value], to=1) if half else value
 
     def steps(self, value: str) -> tuple[str, str]:

@@ -359,7 +359,7 @@ def _gguf_kinds(plan: Plan) -> dict[str, str]:
 
 
 def _shared(plan: Plan, truth: Truth) -> Callable[[str], QuantisedTensor | None]:
-    """Quantises each matrix in the one way that both formats can hold; embeddings and head have 8 bits always."""
+    """Quantises each matrix in the one way that both formats can hold; the head has 8 bits always, the embedding in a GGUF too."""
     weights = truth.weights
 
     def quantised(name: str) -> QuantisedTensor | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from edgeguard.architecture import Shape
 from edgeguard.cli.console import size as told
+from edgeguard.convert.gate_pieces import WEIGHTS
 from edgeguard.convert.gguf_mix import nbytes, tensor_types
 from edgeguard.convert.gguf_tokenizer import from_json
 from edgeguard.convert.pieces import PIECE
@@ -27,6 +28,9 @@ MANIFEST, MANIFEST_ID = 4_000, 9  # bytes of a manifest, and for each token id i
 HEADER, HEADER_TENSOR = 1_500, 72  # bytes of a GGUF's header beside the vocabulary, and for each tensor
 PREPACKED = 1 << 30
 """Bytes of an artifact up to which the gate lets the runtime keep a copy of the weights, as it does when the artifact is used."""
+COPIES = {"fp32": 2, "fp16": 4, "int8": 2, "int4": 1}
+"""What the runtime keeps of ONNX weights, at most, in their own size: what it converts (float16 to 32, int8 to unsigned) and packs."""
+CARRIED = 4  # arrays of a layer's widest activations that go from one piece of a guard graph to the next, or are made by it
 BASE = 400 << 20  # interpreter, runtimes, tokenizer
 WORK = 6  # arrays of a layer's widest activations that the walk has at once
 
@@ -89,9 +93,11 @@ def _onnx_tensors(shape: Shape, precision: str, rows: int) -> Iterator[int]:
         count = math.prod(size)
         if name == "lm_head.weight":
             continue
-        if len(size) == 1 or precision in FLOATS:
-            yield count * (4 if len(size) == 1 else FLOATS[precision])
-        elif precision == "int8" or name == EMBEDDING:
+        if len(size) == 1:
+            yield 4 * count
+        elif precision in FLOATS or name == EMBEDDING:
+            yield FLOATS.get(precision, 2) * count
+        elif precision == "int8":
             yield from (count, 4 * size[0])
         else:
             yield from (count // 2, 4 * count // BLOCK)
@@ -118,7 +124,13 @@ def needs(shape: Shape, kind: str, precision: str, contents: Contents, *, tokens
     state = 2 * (tokens * shape.hidden * 4 + sum(contents.prefixes) * shape.kv_bytes)
     walk = 4 * tokens * (WORK * max(shape.ffn, shape.hidden) + 4 * shape.hidden) + 3 * 4 * PIECE + state // 2
     writing = shape.vocab * shape.hidden + 8 * 4 * PIECE
-    gate = artifact * 6 // 5 if artifact <= PREPACKED else 4 * shape.ffn * shape.hidden * 2
+    if artifact <= PREPACKED:
+        gate = artifact * 6 // 5
+    elif kind == "onnx":
+        gate = COPIES[precision] * max(WEIGHTS, shape.ffn * shape.hidden * FLOATS.get(precision, 1))
+        gate += 4 * tokens * CARRIED * max(shape.ffn, shape.hidden) + sum(contents.prefixes) * shape.kv_bytes
+    else:
+        gate = 4 * shape.ffn * shape.hidden * 2
     memory = 3 * artifact if traced else max(walk, writing, gate)
     return Needs(artifact, artifact * (2 if traced else 1) + state, memory + BASE)
 

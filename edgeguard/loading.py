@@ -305,7 +305,7 @@ def _onnx(choice: Choice, device: str, threads: int | None, cache: PrefixCache |
     model = choice.model
     prepacked = packed_folder() if choice.prepacked and isinstance(model, Artifact) else None
     return OnnxBackend(model if isinstance(model, Artifact) else _export(model), device=device, threads=threads, cache=cache,
-                       prepacked=prepacked)
+                       prepacked=prepacked, checked=isinstance(model, Artifact))
 
 
 def _llama(choice: Choice, device: str, threads: int | None, cache: PrefixCache | None) -> Backend:

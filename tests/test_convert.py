@@ -226,9 +226,7 @@ def test_shared_weights_are_the_same_in_both_formats(made: Make, asked: Callable
     one, other = made(source, "onnx", in_onnx, shared=True), made(source, "gguf", in_gguf, shared=True)
     tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(one.weights).graph.initializer}
     weights = GgufWeights(other.weights)
-    name = "model.embed_tokens.weight"
-    np.testing.assert_array_equal(weights.tensor(name), tensors[name] * tensors[f"{name}.scale"])
-    head = weights.tensor(name if source == "tied" else "lm_head.weight")[list(one.manifest.head_ids)]
+    head = weights.tensor("model.embed_tokens.weight" if source == "tied" else "lm_head.weight")[list(one.manifest.head_ids)]
     np.testing.assert_array_equal(tensors["lm_head.weight"], head)
     name = "model.layers.1.mlp.down_proj.weight"
     if in_onnx == "int8":
@@ -237,7 +235,8 @@ def test_shared_weights_are_the_same_in_both_formats(made: Make, asked: Callable
         halves = np.stack([tensors[name] & 15, tensors[name] >> 4], -1).reshape(*tensors[name].shape[:2], 32)
         stored = ((halves.astype(np.float32) - 8) * tensors[f"{name}.scale"][:, :, None]).reshape(len(halves), -1)
     np.testing.assert_array_equal(weights.tensor(name), stored)
-    np.testing.assert_allclose(asked(source).logits(running(one)), asked(source).logits(running(other)), atol=0.25)
+    # the embedding has 16 bits in one and 8 in the other, activations are rounded by token in one and by block in the other
+    np.testing.assert_allclose(asked(source).logits(running(one)), asked(source).logits(running(other)), atol=0.4)
 
 
 def test_optimum_export_equals_the_guard_graph(made: Make, asked: Callable[[str], Asked]) -> None:
@@ -414,7 +413,7 @@ def test_room_is_checked_before_anything_is_written(small: Path, tmp_path: Path,
 
 
 def test_8b_is_converted_in_less_than_4_gib() -> None:
-    for kind, precision in (("onnx", "int8"), ("onnx", "int4"), ("onnx", "fp16"), ("gguf", "q4_k_m"), ("gguf", "bf16")):
+    for kind, precision in (("onnx", "int8"), ("onnx", "int4"), ("onnx", "fp16"), ("onnx", "fp32"), ("gguf", "q4_k_m"), ("gguf", "bf16")):
         assert room.needs(LLAMA_GUARD_2, kind, precision, room.Contents(), tokens=4000).memory < 4 << 30
 
 

@@ -279,6 +279,7 @@ def test_scales_that_are_not_finite_are_refused(precision: str, copy: Make) -> N
     damage(artifact, "model.layers.1.mlp.up_proj.weight.scale", np.nan)
     with pytest.raises(ModelFileError, match=r"up_proj\.weight\.scale"):
         OnnxBackend(artifact, threads=1)
+    OnnxBackend(artifact, threads=1, checked=True)  # the hash would have told
 
 
 def test_ids_outside_the_vocabulary_raise(make: Make) -> None:

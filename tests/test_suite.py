@@ -358,7 +358,7 @@ def test_guesses_are_corrected_by_what_steps_took(mini: artifacts.Measured, tmp_
 # a whole run
 
 
-TINY = Suite("short", rounds=1, steady=2, answers=("safe", "unsafe"), turns=1, packed=2, starts=1, rows=3,
+TINY = Suite("short", rounds=1, steady=2, answers=("safe", "unsafe"), packs=(1, 4, 16, 64), turns=1, packed=2, starts=1, rows=3,
              lengths=(Length(23, 2), Length(8000, 1, answers=("safe",))))
 
 

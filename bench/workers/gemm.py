@@ -17,6 +17,8 @@ Product = Callable[[], object]
 Products = Iterator[tuple[str, Product]]
 """Operators by name, each as a call that multiplies once."""
 LEAST = 5
+PATIENCE = 3
+"""Budgets that the least repetitions may take."""
 READ_BYTES = 1 << 30
 
 
@@ -61,11 +63,10 @@ class GemmEngine:
 
 
 def _timed(product: Product, budget: float) -> list[float]:
-    """Seconds of repetitions for as long as the budget lasts."""
-    product()
+    """Seconds of repetitions for as long as the budget lasts; of a product that is far too slow to be a ceiling fewer."""
     taken: list[float] = []
     began = time.perf_counter()
-    while len(taken) < LEAST or time.perf_counter() - began < budget:
+    while (spent := time.perf_counter() - began) < budget or len(taken) < (LEAST if spent < PATIENCE * budget else 1):
         start = time.perf_counter()
         product()
         taken.append(time.perf_counter() - start)

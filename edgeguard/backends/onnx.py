@@ -44,20 +44,20 @@ class OnnxBackend:
     `device` is `auto`, `cpu`, `cuda`, `directml`, `coreml` or `openvino`; only `auto` falls back. `threads` None is the
     machine's choice. With a `cache`, prefixes that are not the artifact's are restored from the disk, to the same bits.
     `prepacked` is the folder with packed forms of weights (`backends/prepacked.py`); one that fits is mapped instead of the
-    artifact's own.
+    artifact's own. `checked` says that the files were just compared with the manifest (`store.check_files`).
     Raises what `Session` raises, and `ModelFileError` for a graph that is neither a guard graph nor an export with past keys
     and values.
     """
 
     def __init__(self, artifact: Artifact, *, device: str = "auto", threads: int | None = None,
-                 cache: PrefixCache | None = None, prepacked: Path | None = None) -> None:
+                 cache: PrefixCache | None = None, prepacked: Path | None = None, checked: bool = False) -> None:
         manifest = artifact.manifest
         self._artifact, shape = artifact, manifest.shape
         head_ids = np.asarray(manifest.head_ids or range(shape.vocab), np.int64)
         packed = None
         if prepacked is not None and device in ("auto", "cpu"):
             packed = load(artifact, prepacked, build(), threads, lambda session: probe(session, shape, head_ids))
-        session = packed or Session(artifact.path(manifest.weights), manifest.precision, device, threads)
+        session = packed or Session(artifact.path(manifest.weights), manifest.precision, device, threads, checked=checked)
         kind = GuardGraph if "ids" in session.types else ExportGraph
         self._graph: Graph | None = kind(session, shape, head_ids)
         self.info = BackendInfo(

@@ -107,7 +107,7 @@ def load(artifact: Artifact, folder: Path, build: str, threads: int | None, prob
 
 
 def _mapped(place: Path, precision: str, threads: int | None) -> Session:
-    return Session(place / MODEL, precision, "cpu", threads, optimised=True)
+    return Session(place / MODEL, precision, "cpu", threads, optimised=True, checked=True)
 
 
 def _mark(answer: FloatArray) -> str:
