@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,7 +93,8 @@ def find(model: str | None, work: Path, told: Told = lambda _: None, *, make: bo
             except (EdgeGuardError, ImportError) as error:
                 missing[label] = f"it could not be made: {error}"
     source = str(master) if master.is_dir() else ""
-    return Measured(next(iter(found.values())).name, found, missing, source)
+    name = os.path.commonprefix([artifact.name for artifact in found.values()]).rstrip("-_.")  # noqa: RUF071  names are no paths
+    return Measured(name or next(iter(found.values())).name, found, missing, source)
 
 
 def _made(label: str, master: Path, out: Path, like: Artifact, told: Told) -> Artifact:

@@ -73,8 +73,8 @@ def median(*patterns: str) -> Formula:
 def either(one: Formula, other: Formula, note: str) -> Formula:
     """The first value, else the second one, said so."""
     def formula(cells: Cells) -> Found:
-        found = one(cells)
-        return found if found.value is not None else replace(other(cells), note=note)
+        found, instead = one(cells), other(cells)
+        return found if found.value is not None or instead.value is None else replace(instead, note=note)
 
     return formula
 

@@ -10,7 +10,6 @@ import importlib.util
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -20,25 +19,23 @@ from typing import Any, cast
 import numpy as np
 
 from edgeguard import __version__
-from edgeguard.answers import Answers
 from edgeguard.backends.base import FloatArray
-from edgeguard.convert import gate, gate_pieces, gate_texts, notices, pieces, probe, resume, room
+from edgeguard.convert import gate, gate_pieces, notices, pieces, probe, resume, room
 from edgeguard.convert.journal import Journal, remove_journals
 from edgeguard.convert.memory import MemoryMeter
-from edgeguard.convert.prefixes import Entry, Walked, entry_of, save_prefix, walk
+from edgeguard.convert.prefixes import Walked, save_prefix, walk
 from edgeguard.convert.quantize import Importance, QuantisedTensor, int4_blocks, int8_rows
+from edgeguard.convert.questions import Questions, questions_of
 from edgeguard.convert.smooth import STRENGTH, SmoothedWeights, ranges
-from edgeguard.convert.source import Source, check_vocabulary, open_source
+from edgeguard.convert.source import Source, open_source
 from edgeguard.errors import ConversionError, EdgeGuardError, RuntimeMissingError, StoreError
 from edgeguard.machine import default_threads
-from edgeguard.prefix import role_prefixes
 from edgeguard.profiles import Profile
 from edgeguard.profiles import get as get_profile
 from edgeguard.store import Artifact, Kind, Manifest, PrefixRecord, home, records
 from edgeguard.store.catalogue import NAME
 from edgeguard.store.files import Progress, locked
 from edgeguard.store.manifest import MANIFEST
-from edgeguard.tokenizer import JsonTokenizer
 from edgeguard.verdict import Role
 from edgeguard.weights import Weights, expected
 
@@ -54,7 +51,6 @@ SHARED: dict[str, Callable[..., QuantisedTensor]] = {
 """Precisions that both formats hold with the same weights, and how their linear layers are quantised then."""
 OUTER = ("model.embed_tokens.weight", "lm_head.weight")
 RUNTIMES = {"onnx": ("onnxruntime", "cpu"), "gguf": ("llama_cpp", "llama")}
-BARE = 4  # prompts that are also tried without BOS
 
 
 @dataclass(frozen=True)
@@ -75,32 +71,6 @@ class Plan:
     def partial(self) -> Path:
         """Where it is built."""
         return self.out.with_name(f"{self.out.name}.partial")
-
-
-@dataclass(frozen=True, eq=False)
-class Questions:
-    """What the source is asked, known before its weights are read."""
-
-    answers: Answers
-    prefixes: Mapping[Role, tuple[int, ...]]
-    entries: Sequence[Entry]
-    bare: Sequence[Entry]
-    """The first of them once more, without the tokens that begin a prompt."""
-    needed: Sequence[int]
-    """Token ids that a head must hold."""
-    tokenizer: str
-    """SHA-256 of tokenizer.json."""
-    contents: room.Contents
-
-    @property
-    def tokens(self) -> int:
-        """How many the walk evaluates."""
-        return sum(map(len, self.prefixes.values())) + sum(len(entry.ids) for entry in [*self.entries, *self.bare])
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt."""
-        return max(len(self.prefixes.get(entry.prefix, ()) if entry.prefix else ()) + len(entry.ids) for entry in self.entries)
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,7 +130,7 @@ def convert(source: str | Path, out: str | Path, *, target: str, precision: str,
         plan = Plan(opened, out, cast(Kind, target), precision, chosen,
                     name or _default_name(chosen, opened, precision), exporter, shared, threads)
         _check_source(plan)
-        questions = questions_of(plan)
+        questions = questions_of(plan.source, plan.kind, plan.profile)
         _check_room(plan, questions, tell or (lambda _sentence: None))
         try:
             manifest = _work(plan, questions, told)
@@ -217,27 +187,6 @@ def _lock(out: Path) -> Path:
     """One for each target, in a place that can be written whatever the target is."""
     mark = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:12]
     return home() / ".locks" / f"{out.name}.{mark}.lock"
-
-
-def questions_of(plan: Plan) -> Questions:
-    """Tokenizer, answers and prompts."""
-    profile, shape = plan.profile, plan.source.weights.shape
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "tokenizer.json"
-        plan.source.write_tokenizer(path)
-        tokenizer, size = JsonTokenizer.load(path), path.stat().st_size
-        vocabulary = room.vocabulary_bytes(path, shape.vocab) if plan.kind == "gguf" else 0
-    check_vocabulary(plan.source.weights, tokenizer.vocab_size)
-    answers = Answers.build(profile, [category.code for category in profile.policy.categories], tokenizer)
-    prefixes = role_prefixes(profile, tokenizer)
-    entries = [entry_of(one, profile, tokenizer, answers, prefixes) for one in gate_texts.conversations()]
-    begin = len(profile.begin)
-    whole = [Entry(None, (*prefixes.get(entry.prefix, ()), *entry.ids)) if entry.prefix else entry for entry in entries[:BARE]]
-    bare = [Entry(None, entry.ids[begin:]) for entry in whole] if begin else []
-    needed = probe.needed_rows(profile, tokenizer, answers)
-    rows = min(shape.vocab, len(needed) + probe.SENTINELS)
-    contents = room.Contents(rows, tuple(map(len, prefixes.values())), size, vocabulary, notices.bytes_of(plan.source.folder))
-    return Questions(answers, prefixes, entries, bare, needed, tokenizer.sha256, contents)
 
 
 def needs(plan: Plan, questions: Questions) -> room.Needs:

@@ -30,6 +30,7 @@ from edgeguard.convert import pipeline, room
 from edgeguard.convert.cli import STAGES, plain_stages, span
 from edgeguard.convert.gguf_source import GgufWeights
 from edgeguard.convert.pipeline import convert
+from edgeguard.convert.questions import questions_of
 from edgeguard.convert.source import open_source
 from edgeguard.errors import (
     ConversionError,
@@ -387,7 +388,7 @@ def test_disk_need_is_the_size_of_the_artifact(made: Make, sources: Callable[[st
     artifact = made(source, target, precision, **options)
     plan = pipeline.Plan(open_source(sources(source)), artifact.folder, artifact.kind, precision, PROFILE, artifact.name,
                          "guard", options.get("shared", False), 1)
-    needed = pipeline.needs(plan, pipeline.questions_of(plan))
+    needed = pipeline.needs(plan, questions_of(plan.source, plan.kind, plan.profile))
     found = sum(path.stat().st_size for path in artifact.folder.iterdir())
     assert needed.artifact == pytest.approx(found, rel=0.02)
     assert needed.disk >= needed.artifact

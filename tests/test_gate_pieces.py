@@ -15,26 +15,27 @@ from edgeguard.backends.base import Run
 from edgeguard.backends.keys_values import keys_and_values
 from edgeguard.backends.onnx import OnnxBackend
 from edgeguard.convert import gate, gate_pieces, pipeline, room
+from edgeguard.convert.questions import Questions
 from edgeguard.errors import ModelFileError
 from edgeguard.store import Artifact, Manifest
 
 PRECISIONS = ("fp32", "fp16", "int8", "int4")
-Converted = Callable[[str], tuple[Artifact, pipeline.Questions]]
+Converted = Callable[[str], tuple[Artifact, Questions]]
 
 
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
     """The artifact of a precision, and what its gate asks."""
     root = tmp_path_factory.mktemp("pieces")
-    source, made = write_small_model(root / "source"), dict[str, tuple[Artifact, pipeline.Questions]]()
+    source, made = write_small_model(root / "source"), dict[str, tuple[Artifact, Questions]]()
 
-    def of(precision: str) -> tuple[Artifact, pipeline.Questions]:
+    def of(precision: str) -> tuple[Artifact, Questions]:
         if precision not in made:
-            asked: list[pipeline.Questions] = []
+            asked: list[Questions] = []
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("EDGEGUARD_HOME", str(root / "home"))
                 questions_of = pipeline.questions_of
-                patch.setattr(pipeline, "questions_of", lambda plan: asked.append(questions_of(plan)) or asked[0])
+                patch.setattr(pipeline, "questions_of", lambda *given: asked.append(questions_of(*given)) or asked[0])
                 pipeline.convert(source, root / precision, target="onnx", precision=precision, threads=1)
             made[precision] = Artifact.read(root / precision), asked[0]
         return made[precision]
@@ -42,7 +43,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
     return of
 
 
-def whole(artifact: Artifact, questions: pipeline.Questions) -> np.ndarray:
+def whole(artifact: Artifact, questions: Questions) -> np.ndarray:
     backend = OnnxBackend(artifact, device="cpu", threads=1)
     return gate.answers_of(backend, questions.prefixes, questions.entries, artifact.manifest.head_ids)
 

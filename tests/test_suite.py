@@ -334,6 +334,9 @@ def test_targets_by_hand() -> None:
     by_what = {row["what"]: row for row in found}
     genai = next(row for what, row in by_what.items() if "genai" in what)
     assert genai["note"] == "died" and genai["wanted"] == ">= 2.5x"
+    instead = targets.judge([*given, *rated({"ladder/L2/onnx-int4/23/safe": 6})], "8B")
+    genai = next(row for row in instead if "genai" in row["what"])
+    assert genai["got"] == 3 and genai["met"] and "MatMulNBits" in genai["note"]
     assert found[0]["from"] == ["ladder/L0/gguf-q4_k_m/23/first", "ladder/L3/onnx/23/safe"]
     assert all(row["met"] is None and row["note"] for row in found if "mini" in row["what"]), "nothing is said of what was not measured"
     assert all(row["met"] is None for row in targets.judge([], "8B"))

@@ -16,7 +16,8 @@ from protocol import Judged, serve  # type: ignore[import-not-found]  # a script
 Product = Callable[[], object]
 Products = Iterator[tuple[str, Product]]
 """Operators by name, each as a call that multiplies once."""
-LEAST = 5
+LEAST, MOST = 5, 200
+"""Repetitions."""
 PATIENCE = 3
 """Budgets that the least repetitions may take."""
 READ_BYTES = 1 << 30
@@ -67,6 +68,8 @@ def _timed(product: Product, budget: float) -> list[float]:
     taken: list[float] = []
     began = time.perf_counter()
     while (spent := time.perf_counter() - began) < budget or len(taken) < (LEAST if spent < PATIENCE * budget else 1):
+        if len(taken) == MOST:
+            break
         start = time.perf_counter()
         product()
         taken.append(time.perf_counter() - start)
