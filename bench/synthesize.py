@@ -33,7 +33,7 @@ from edgeguard.profiles import Profile
 from edgeguard.store import Artifact, Kind, Manifest, PrefixRecord, records
 from edgeguard.store.files import Progress, record
 from edgeguard.tokenizer import JsonTokenizer
-from edgeguard.weights import Rows, read_json
+from edgeguard.weights import EMBEDDING, HEAD, Rows, read_json
 
 CHECKPOINT = "checkpoint"
 WHATS = ("gguf-q4_k_m", "gguf-q4_0", "gguf-q8_0", "onnx-int8", "onnx-int4", CHECKPOINT)
@@ -156,7 +156,7 @@ def _gguf(plan: Plan, precision: str, progress: Progress) -> dict[str, int]:
 
 
 def _onnx(plan: Plan, precision: str, rows: tuple[int, ...], progress: Progress) -> dict[str, int]:
-    from edgeguard.convert.guard_graph import EMBEDDING, HEAD, Precision, build
+    from edgeguard.convert.guard_graph import Precision, build
 
     weights = plan.weights
 

@@ -31,13 +31,12 @@ from edgeguard.errors import InputError, ModelFileError
 from edgeguard.profiles import Profile
 from edgeguard.prompt import render
 from edgeguard.tokenizer import Tokenizer
-from edgeguard.weights import Rows, expected
+from edgeguard.weights import EMBEDDING, HEAD, Rows, expected
 
 LLAMA_GUARD_2 = Shape(layers=32, hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336, vocab=128256, context=8192,
                       rope_theta=500000.0, rms_eps=1e-5, tied=False)
 """From config.json of meta-llama/Meta-Llama-Guard-2-8B."""
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CHUNK = 1 << 20
 """Weights drawn together; rows are drawn without those of other chunks."""
 GAINS = {

@@ -30,7 +30,7 @@ from edgeguard.convert.pieces import chosen, pieces, quantised
 from edgeguard.convert.quantize import BLOCK, Importance, Int8Rows, QuantisedTensor, int4_blocks, int8_rows
 from edgeguard.errors import ConversionError
 from edgeguard.machine import default_threads
-from edgeguard.weights import Weights, expected
+from edgeguard.weights import EMBEDDING, HEAD, Weights, expected
 
 Precision = Literal["fp32", "fp16", "int8", "int4"]
 Progress = Callable[[str, int, int], None]
@@ -38,7 +38,6 @@ Progress = Callable[[str, int, int], None]
 Hook = Callable[[str], QuantisedTensor | None]
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FLOATS: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.float16}
 STEP, MIDDLE = np.float32(1 / 127), np.uint8(128)  # of activations between -1 and 1 in 8 bits
 

@@ -37,7 +37,7 @@ from edgeguard.store.catalogue import NAME
 from edgeguard.store.files import Progress, locked
 from edgeguard.store.manifest import MANIFEST
 from edgeguard.verdict import Role
-from edgeguard.weights import Weights, expected
+from edgeguard.weights import EMBEDDING, HEAD, Weights, expected
 
 PRECISIONS: dict[str, tuple[str, ...]] = {
     "onnx": ("fp32", "fp16", "int8", "int4"),
@@ -49,7 +49,7 @@ SHARED: dict[str, Callable[..., QuantisedTensor]] = {
     "int8": int8_rows, "q8_0": int8_rows, "int4": int4_blocks, "q4_0": int4_blocks,
 }
 """Precisions that both formats hold with the same weights, and how their linear layers are quantised then."""
-OUTER = ("model.embed_tokens.weight", "lm_head.weight")
+OUTER = (EMBEDDING, HEAD)
 RUNTIMES = {"onnx": ("onnxruntime", "cpu"), "gguf": ("llama_cpp", "llama")}
 
 
@@ -315,7 +315,7 @@ def _shared(plan: Plan, truth: Truth) -> Callable[[str], QuantisedTensor | None]
         if name.endswith("norm.weight"):
             return None
         outer = name in OUTER
-        stored = OUTER[0] if outer and weights.shape.tied else name
+        stored = EMBEDDING if outer and weights.shape.tied else name
         quantise = partial(int8_rows if outer else SHARED[plan.precision], importance=truth.importance(stored))
         return pieces.quantised(weights, stored, quantise, plan.threads or default_threads(), name)
 

@@ -13,15 +13,15 @@ from edgeguard.cli.console import size as told
 from edgeguard.convert.gate_pieces import WEIGHTS
 from edgeguard.convert.gguf_mix import nbytes, tensor_types
 from edgeguard.convert.gguf_tokenizer import from_json
+from edgeguard.convert.onnx_writer import LINE, PAGE
 from edgeguard.convert.pieces import PIECE
 from edgeguard.convert.quantize import BLOCK
 from edgeguard.errors import ConversionError
 from edgeguard.machine import available_memory
-from edgeguard.weights import expected, read_json
+from edgeguard.weights import EMBEDDING, expected, read_json
 
 FLOATS = {"fp32": 4, "fp16": 2}
-PAGE, LINE, GGUF = 4096, 64, 32  # bytes at which tensors begin
-EMBEDDING = "model.embed_tokens.weight"
+GGUF = 32  # bytes at which tensors begin
 GRAPH, GRAPH_LAYER = 12_000, 3_100  # bytes of model.onnx, and for each layer
 PREFIX = 600  # bytes of a prefix file beside its numbers
 MANIFEST, MANIFEST_ID = 4_000, 9  # bytes of a manifest, and for each token id in it

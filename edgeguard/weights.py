@@ -18,6 +18,7 @@ from edgeguard.errors import ModelFileError
 DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 Rows: TypeAlias = slice | NDArray[np.int64]
 """Which rows of a tensor: a slice, or their numbers."""
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MAX_HEADER = 100_000_000  # bytes, the limit that the safetensors format itself sets
 
 
