@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeguard.backends import llama_amx
 from edgeguard.backends.base import BackendInfo, Node, Run
 from edgeguard.backends.llama_native import LANES, SEQUENCES, Batch, Session, blocks, build, choose_device, devices, library
 from edgeguard.errors import ContextLengthError, InferenceError, ModelMismatchError
@@ -26,6 +27,9 @@ STATE_FORMAT = "1"
 """Of prefixes on the disk; a new one when other cells or other parts are saved."""
 SHORT = 8
 """Tokens of a branch of an answer; longer entries are texts."""
+
+NO_AMX = ("without AMX and repacked weights: llama.cpp's AMX code crashes as it was compiled here; "
+          "compile llama-cpp-python again with CXXFLAGS=-fno-dse")
 
 Entry = tuple[Node | None, Sequence[int]]
 
@@ -112,6 +116,9 @@ class LlamaBackend:
         granted, handle = choose_device(device, devices(llama))
         longest = min(context or header.shape.context, header.shape.context)
         threads = threads or default_threads()
+        kernel = ""
+        if repack and handle is None and not llama_amx.works(llama):
+            repack, kernel = False, NO_AMX
         self._session = Session(path, device=handle, threads=threads, context=longest, precision=header.precision, repack=repack)
         self._vocab = header.shape.vocab
         self._free = list(range(SEQUENCES))
@@ -119,7 +126,7 @@ class LlamaBackend:
         self._passes = 0
         self.info = BackendInfo(
             name="llama", runtime=f"llama-cpp-python {llama.__version__}", device=granted, precision=header.precision,
-            threads=threads, context=longest, head_ids=np.arange(self._vocab, dtype=np.int64),
+            threads=threads, context=longest, head_ids=np.arange(self._vocab, dtype=np.int64), kernel=kernel,
         )
         self._cache = cache
         # whatever may change a bit of the state
