@@ -66,7 +66,6 @@ GENAI = Environment(
     ("onnxruntime-genai>=0.18,<0.19", "openvino-genai>=2026.4,<2027", "transformers>=5,<6", "torch>=2.6,<2.14", "onnx>=1.18,<2",
      "onnx-ir>=0.1,<2", "psutil>=5.9,<8"),
     ("onnxruntime_genai", "openvino_genai", "transformers", "onnx_ir"), 3.0, 1.5)
-ENVIRONMENTS = {each.name: each for each in (OWN, GENAI)}
 
 
 def run(command: Sequence[str], log: Path) -> None:

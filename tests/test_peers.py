@@ -20,12 +20,14 @@ from edgeguard.bench import artifacts, environments, peers, peers_cli
 from edgeguard.bench.artifacts import Measured
 from edgeguard.bench.contenders import Setting
 from edgeguard.bench.driver import WORKERS, Program, Worker
-from edgeguard.bench.environments import ENVIRONMENTS, GENAI, OWN
+from edgeguard.bench.environments import GENAI, OWN
 from edgeguard.bench.peers import PEERS
 from edgeguard.bench.prompts import Prompts
 from edgeguard.errors import InferenceError, InputError, ModelMemoryError, ModelNotFoundError, StoreError
 from edgeguard.gguf_check import check_gguf
 from edgeguard.guard import Guard
+
+ENVIRONMENTS = {each.name: each for each in (OWN, GENAI)}
 
 EIGHT = Shape(layers=32, hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336, vocab=128256, context=8192, rope_theta=500000.0,
               rms_eps=1e-5, tied=False)

@@ -72,6 +72,16 @@ def test_packed_weights_are_in_the_file(form: Path, artifacts: Callable[[str], A
     assert b"prepacked" in (form / "model.onnx").read_bytes()
 
 
+def test_forms_for_another_build_of_the_runtime_are_removed(form: Path, artifacts: Callable[[str], Artifact], tmp_path: Path) -> None:
+    old, other = form.with_name("old"), form.with_name("other")
+    for copy, changed in ((old, {"runtime": "onnxruntime 1.0"}), (other, {"runtime": "onnxruntime 1.0", "processor": "another"})):
+        shutil.copytree(form, copy)
+        told = json.loads((copy / "form.json").read_text())
+        (copy / "form.json").write_text(json.dumps({**told, "key": {**told["key"], **changed}}))
+    make_prepacked(artifacts("int8"), tmp_path / "forms")
+    assert sorted(each.name for each in form.parent.iterdir()) == sorted([form.name, "other"])
+
+
 def test_nothing_is_made_unless_asked(artifacts: Callable[[str], Artifact], tmp_path: Path) -> None:
     assert not mapped(opened(artifacts("int8"), tmp_path / "none")) and not (tmp_path / "none").exists()
 

@@ -67,6 +67,7 @@ def make(artifact: Artifact, folder: Path, probe: Probe) -> Path:
         place = _place(folder, whole)
         shutil.rmtree(place, ignore_errors=True)
         partial.rename(place)
+        _forget_older(folder, whole)
     except OSError as error:
         raise StoreError(f"The packed weights could not be written below {folder}: {error.strerror or error}.") from error
     finally:
@@ -108,6 +109,14 @@ def load(artifact: Artifact, folder: Path, build: str, threads: int | None, prob
 
 def _mapped(place: Path, precision: str, threads: int | None) -> Session:
     return Session(place / MODEL, precision, "cpu", threads, optimised=True, checked=True)
+
+
+def _forget_older(folder: Path, whole: Mapping[str, str]) -> None:
+    """Remove forms for other builds of the runtime on this processor, which nothing reads any more."""
+    for place in folder.iterdir():
+        known = _form(place).get("key")
+        if isinstance(known, dict) and known.get("processor") == whole["processor"] and known.get("runtime") != whole["runtime"]:
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _mark(answer: FloatArray) -> str:
