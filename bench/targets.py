@@ -90,11 +90,14 @@ def over(one: Formula, other: Formula) -> Formula:
     return formula
 
 
-def ceiling(cells: Cells) -> Found:
+def ceiling(kind: str) -> Formula:
     """How many times as long edgeguard's best path takes as its products would at the measured ceiling."""
-    best = median(*BEST)(cells)
-    share = cells[best.cells[0]].extra.get("share_of_int8_ceiling") if best.cells else None
-    return Found(1 / share, best.cells) if share else Found(None, note=best.note or "no integer ceiling was measured")
+    def formula(cells: Cells) -> Found:
+        best = median(*BEST)(cells)
+        share = cells[best.cells[0]].extra.get(f"share_of_{kind}_ceiling") if best.cells else None
+        return Found(1 / share, best.cells) if share else Found(None, note=best.note or "no such ceiling was measured")
+
+    return formula
 
 
 def over_weights(pattern: str) -> Formula:
@@ -139,7 +142,8 @@ TARGETS = (
            over(median("ladder/L2/gguf-q4_k_m/23/safe"), median(*BEST)), "x"),
     Target("8B, safe verdict: onnxruntime-genai int4 with cached prefix, over the same", EIGHT, 2.5, False,
            over(either(median("peers/onnxruntime-genai*/23/safe"), median("ladder/L2/onnx-int4/23/safe"), NO_BUILDER), median(*BEST)), "x"),
-    Target("8B, 77-token pass: measured GEMM ceiling over edgeguard's achieved rate", EIGHT, 1.3, True, ceiling),
+    Target("8B, 77-token pass: measured GEMM ceiling over edgeguard's achieved rate", EIGHT, 1.3, True, ceiling("int8")),
+    Target("8B, 77-token pass: the same with a ceiling whose weights come from memory too", EIGHT, None, True, ceiling("streamed")),
     Target("8B: unsafe with one code over safe", EIGHT, 1.5, True,
            over(median("length/onnx-int8/23/unsafe"), median("length/onnx-int8/23/safe"))),
     Target("8B, packed 16 messages: per message, over one by one", EIGHT, 1.0, True,

@@ -14,13 +14,14 @@ from typing import Any
 from protocol import Judged, serve  # type: ignore[import-not-found]  # a script's own folder is on its path
 
 Product = Callable[[], object]
-Products = Iterator[tuple[str, Product]]
-"""Operators by name, each as a call that multiplies once."""
+Products = Iterator[tuple[str, Product, int]]
+"""Operators by name, each as a call, and how often that multiplies."""
 LEAST, MOST = 5, 200
 """Repetitions."""
 PATIENCE = 3
 """Budgets that the least repetitions may take."""
 READ_BYTES = 1 << 30
+"""More than any cache holds."""
 
 
 class GemmEngine:
@@ -40,8 +41,8 @@ class GemmEngine:
         failures: list[str] = []
         for m, k, n in request["sizes"]:
             found: list[tuple[str, list[float]]] = []
-            for operator, product in self._tried(m, k, n, failures):
-                amount = m * k * max(n, 1) / 1e9  # of reading: bytes
+            for operator, product, count in self._tried(m, k, n, failures):
+                amount = count * m * k * max(n, 1) / 1e9  # of reading: bytes
                 found.append((operator, [amount / taken for taken in _timed(product, request["budget"])]))
             if not found:
                 raise RuntimeError("; ".join(failures) or "the runtime has no product of this kind")
@@ -53,14 +54,14 @@ class GemmEngine:
     def _tried(self, m: int, k: int, n: int, failures: list[str]) -> Products:
         """Every operator that runs here."""
         products = self._products(m, k, n)
-        for operator, make in products:
+        for operator, make, count in products:
             try:
                 product = make()
                 product()
             except Exception as error:  # an operator that this build lacks; others may be there
                 failures.append(f"{operator}: {type(error).__name__}: {str(error)[:200]}")
                 continue
-            yield operator, product
+            yield operator, product, count
 
 
 def _timed(product: Product, budget: float) -> list[float]:
@@ -76,7 +77,7 @@ def _timed(product: Product, budget: float) -> list[float]:
     return taken
 
 
-Made = Iterator[tuple[str, Callable[[], Product]]]
+Made = Iterator[tuple[str, Callable[[], Product], int]]
 Runtime = tuple[str, Callable[[int, int, int], Made]]
 
 
@@ -125,9 +126,42 @@ def _onnxruntime(threads: int, kind: str) -> Runtime:
             return running(session(node, ("x", TensorProto.FLOAT, (m, k)), {"w": weights}, n), value)
 
         if kind == "float":
-            yield "MatMul", floats
+            yield "MatMul", floats, 1
         else:
-            yield from (("MatMulIntegerToFloat", integers), ("DynamicQuantizeMatMul", dynamic))
+            yield from (("MatMulIntegerToFloat", integers, 1), ("DynamicQuantizeMatMul", dynamic, 1))
+
+    return f"onnxruntime {onnxruntime.__version__}", products
+
+
+def _streamed(threads: int) -> Runtime:
+    """Products with a matrix that no cache holds any more, as in a forward pass, which reads every weight once."""
+    import numpy as np
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    def products(m: int, k: int, n: int) -> Made:
+        count = -(-READ_BYTES // (k * n))
+
+        def integers() -> Product:
+            base = np.random.default_rng(0).integers(-127, 128, (k, n)).astype(np.int8)
+            constants = {"xs": np.float32(0.01), "ws": np.full(n, 0.01, np.float32), "xz": np.uint8(128),
+                         **{f"w{place}": np.roll(base, place) for place in range(count)}}
+            graph = helper.make_graph(
+                [helper.make_node("MatMulIntegerToFloat", ["x", f"w{place}", "xs", "ws", "xz"], [f"y{place}"], domain="com.microsoft")
+                 for place in range(count)],
+                "gemms", [helper.make_tensor_value_info("x", TensorProto.UINT8, (m, k))],
+                [helper.make_tensor_value_info(f"y{place}", TensorProto.FLOAT, (m, n)) for place in range(count)],
+                [numpy_helper.from_array(value, key) for key, value in constants.items()],
+            )
+            model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)])
+            model.ir_version = 10
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = threads
+            session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+            given = {"x": np.random.default_rng(1).integers(0, 256, (m, k)).astype(np.uint8)}
+            return lambda: session.run(None, given)
+
+        yield "MatMulIntegerToFloat, weights from memory", integers, count
 
     return f"onnxruntime {onnxruntime.__version__}", products
 
@@ -150,7 +184,7 @@ def _torch(threads: int) -> Runtime:
             value = torch.randn(m, k)
             return lambda: torch.ops.quantized.linear_dynamic(value, packed, False)
 
-        yield from (("torch._int_mm", int_mm), ("quantized.linear_dynamic (onednn)", linear))
+        yield from (("torch._int_mm", int_mm, 1), ("quantized.linear_dynamic (onednn)", linear, 1))
 
     return f"torch {torch.__version__}", products
 
@@ -176,7 +210,7 @@ def _openvino(threads: int) -> Runtime:
             request = compiled.create_infer_request()
             return lambda: request.infer({0: given})
 
-        yield "MatMul of quantised sides", quantised
+        yield "MatMul of quantised sides", quantised, 1
 
     return f"openvino {openvino.__version__}", products
 
@@ -187,8 +221,8 @@ def _read(threads: int) -> Runtime:
     def products(m: int, k: int, n: int) -> Made:  # noqa: ARG001  the size is fixed: beyond every cache
         parts = np.array_split(np.ones(k // 8, np.int64), threads)
         pool = ThreadPoolExecutor(threads)
-        yield "maximum of int64", lambda: (lambda: list(pool.map(np.max, parts)))
-        yield "sum of int64", lambda: (lambda: list(pool.map(np.sum, parts)))
+        yield "maximum of int64", lambda: (lambda: list(pool.map(np.max, parts))), 1
+        yield "sum of int64", lambda: (lambda: list(pool.map(np.sum, parts))), 1
 
     return f"numpy {np.__version__}", products
 
@@ -196,6 +230,7 @@ def _read(threads: int) -> Runtime:
 RUNTIMES: Mapping[str, Callable[[int], Runtime]] = {
     "onnxruntime": lambda threads: _onnxruntime(threads, "int8"),
     "onnxruntime-float": lambda threads: _onnxruntime(threads, "float"),
+    "onnxruntime-streamed": _streamed,
     "torch": _torch,
     "openvino": _openvino,
     "read": _read,
