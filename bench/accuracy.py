@@ -3,62 +3,136 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
-from rich.table import Table
-from rich.text import Text
 
 from edgeguard.bench import metrics
-from edgeguard.bench.metrics import Counts, Interval, ratio
-from edgeguard.bench.report import NOTHING, caption, number, table
-from edgeguard.bench.rows import Data, Row
+from edgeguard.bench.metrics import Counts, Ranking, ratio
+from edgeguard.bench.quality_run import Answer, Judged
+from edgeguard.bench.rows import SLUGS, Data, Row
 from edgeguard.verdict import ModelIdentity, Verdict
 
-Judged = Sequence[tuple[Row, Verdict]]
+Pairs = Sequence[tuple[Row, Answer]]
 BINS = 10
+WORST = 20
+"""Errors of each kind that a result names for a person to read."""
+SAFE, UNKNOWN, NO_CODE = "safe", "unknown", "no code"
+"""In the table of categories: a safe row or verdict, an unsafe row whose class has no code, an answer without a code."""
 
 
-def accuracy(data: Data, verdicts: Sequence[Verdict], seed: int = 0) -> dict[str, Any]:
-    """All measures over all rows, by role and by source, with the data and the model that they belong to."""
-    judged = list(zip(data.rows, verdicts, strict=True))
-    return {
-        "data": data_facts(data, seed),
-        "model": model_facts(verdicts[0].model),
-        "threshold": verdicts[0].threshold,
-        "ece_bins": BINS,
-        "overall": measures(judged, seed),
-        "by_role": _groups(judged, lambda row: row.conversation.role, seed),
-        "by_source": _groups(judged, lambda row: row.source, seed),
-    }
+def accuracy(data: Data, answers: Sequence[Answer], judged: Judged, chosen: Mapping[str, Any] | None = None,
+             seed: int = 0) -> dict[str, Any]:
+    """All measures over all rows, by role and by source, with the data and the model that they belong to.
 
-
-def measures(judged: Judged, seed: int = 0) -> dict[str, Any]:
-    """Every measure of some rows; None where the rows do not define it."""
-    unsafe = [row.unsafe for row, _ in judged]
-    scores = [verdict.score for _, verdict in judged]
-    counts = Counts.of(unsafe, [not verdict.safe for _, verdict in judged])
-    return {
-        "rows": counts.total, "unsafe": counts.tp + counts.fn, **vars(counts),
-        "f1": counts.f1, "f1_95": metrics.interval(counts, lambda drawn: drawn.f1, seed),
-        "precision": counts.precision, "recall": counts.recall,
-        "fpr": counts.fpr, "fpr_95": metrics.interval(counts, lambda drawn: drawn.fpr, seed),
-        "auprc": metrics.auprc(unsafe, scores), "auroc": metrics.auroc(unsafe, scores), "ece": metrics.ece(unsafe, scores, BINS),
-        "codes": first_codes(judged),
-    }
-
-
-def first_codes(judged: Judged) -> dict[str, Any]:
-    """Is the first category that the model lists one of the row's? Of unsafe rows with known categories, found unsafe.
-
-    Compared by slug, so that guards of every generation can be held against one file. A found row without a category
-    (an answer that ended early) counts as wrong.
+    They are at the guard's default threshold. `chosen` is a further one, `threshold` and where it is `from`: counts, and what follows from
+    them, are told at that one too. `best_f1` is the threshold that fits these rows best, so it says nothing of others.
     """
-    known = [(row, verdict) for row, verdict in judged if row.slugs]
-    found = [(row, verdict) for row, verdict in known if not verdict.safe]
-    right = sum(next((each.slug for each in verdict.categories if each.listed), None) in row.slugs for row, verdict in found)
-    return {"rows": len(known), "found": len(found), "right": right, "accuracy": ratio(right, len(found))}
+    pairs = list(zip(data.rows, answers, strict=True))
+    slugs = judged.policy["slugs"]
+    best = Ranking.of([row.unsafe for row in data.rows], [answer.score for answer in answers]).best_f1()
+    result = {
+        "data": data_facts(data, seed), "model": dict(judged.model), "policy": dict(judged.policy),
+        "calibration": dict(judged.calibration), "threshold": judged.threshold, "ece_bins": BINS,
+        **_everywhere(pairs, lambda some: measures(some, judged.threshold, slugs, seed)),
+        "reliability": {"overall": reliability(pairs), "by_role": _groups(pairs, reliability, _role)},
+        "categories": categories(pairs, judged.threshold, slugs, seed), "confusion": confusion(pairs, judged.threshold, slugs),
+        "best_f1": best and {"threshold": best[0], "f1": best[1], "chosen_on": "the rows it is told for"},
+        "worst": worst(pairs, judged.threshold),
+    }
+    if chosen:
+        result["chosen"] = {**chosen, **_everywhere(pairs, lambda some: at_threshold(some, chosen["threshold"], slugs, seed))}
+    return result
+
+
+def measures(pairs: Pairs, threshold: float, slugs: Mapping[str, str], seed: int = 0) -> dict[str, Any]:
+    """Every measure of some rows; None where the rows do not define it."""
+    unsafe = [row.unsafe for row, _ in pairs]
+    scores, raw = [answer.score for _, answer in pairs], [answer.raw_score for _, answer in pairs]
+    ranking = Ranking.of(unsafe, scores)
+    return {
+        **at_threshold(pairs, threshold, slugs, seed),
+        "auprc": ranking.auprc(), "auroc": ranking.auroc(), **{f"{name}_95": bounds for name, bounds in ranking.intervals(seed).items()},
+        "ece": metrics.ece(unsafe, scores, BINS), "ece_raw": metrics.ece(unsafe, raw, BINS),
+    }
+
+
+def reliability(pairs: Pairs) -> dict[str, list[dict[str, Any]]]:
+    """The bins of a reliability diagram, of the score and of the raw score."""
+    unsafe = [row.unsafe for row, _ in pairs]
+    scores = {"score": [answer.score for _, answer in pairs], "raw_score": [answer.raw_score for _, answer in pairs]}
+    return {name: [asdict(each) for each in metrics.reliability(unsafe, values, BINS)] for name, values in scores.items()}
+
+
+def at_threshold(pairs: Pairs, threshold: float, slugs: Mapping[str, str], seed: int = 0) -> dict[str, Any]:
+    """Counts at one threshold and what follows from them, with bootstrap intervals."""
+    counts = Counts.of([row.unsafe for row, _ in pairs], [answer.score >= threshold for _, answer in pairs])
+    told: dict[str, Any] = {"rows": counts.total, "unsafe": counts.tp + counts.fn, **vars(counts)}
+    for name, measure in MEASURES.items():
+        told |= {name: measure(counts), f"{name}_95": metrics.interval(counts, measure, seed)}
+    return told | {"codes": code_measures(pairs, threshold, slugs, seed)}
+
+
+MEASURES: dict[str, Callable[[Counts], float | None]] = {
+    "f1": lambda counts: counts.f1, "precision": lambda counts: counts.precision, "recall": lambda counts: counts.recall,
+    "fpr": lambda counts: counts.fpr,
+}
+
+
+def code_measures(pairs: Pairs, threshold: float, slugs: Mapping[str, str], seed: int = 0) -> dict[str, Any]:
+    """How right the codes are, over unsafe rows with known categories: the first code, and all codes.
+
+    Compared by slug, so that guards of every generation can be held against one file. `accuracy` is the share of rows found unsafe
+    whose first code is one of the row's; an answer without a code counts as wrong. `micro_f1` takes all codes of all such rows, those that
+    were missed as without a code; `micro_f1_found` those of rows found unsafe.
+    """
+    known = [(row.slugs, said(answer, threshold, slugs)) for row, answer in pairs if row.slugs]
+    found = [(row.slugs, said(answer, threshold, slugs)) for row, answer in pairs if row.slugs and answer.score >= threshold]
+    right = sum(codes[0] in wanted for wanted, codes in found if codes)
+    sets, found_sets = (Counts.of_sets((wanted, frozenset(codes)) for wanted, codes in some) for some in (known, found))
+    return {
+        "rows": len(known), "found": len(found), "right": right, "accuracy": ratio(right, len(found)),
+        "accuracy_95": metrics.share_interval(right, len(found), seed), "micro_f1": sets.f1, "micro_f1_found": found_sets.f1,
+    }
+
+
+def said(answer: Answer, threshold: float, slugs: Mapping[str, str]) -> tuple[str, ...]:
+    """Slugs of the codes that the answer lists; none where its score makes it safe."""
+    return tuple(slugs[code] for code in answer.codes) if answer.score >= threshold else ()
+
+
+def categories(pairs: Pairs, threshold: float, slugs: Mapping[str, str], seed: int = 0) -> dict[str, Any]:
+    """By code of the rows: how many there are, how many were found unsafe, and of these how many have a right first code."""
+    made = {}
+    for code, slug in SLUGS.items():
+        own = [(row, answer) for row, answer in pairs if slug in row.slugs]
+        if own:
+            codes = code_measures(own, threshold, slugs, seed)
+            made[code] = {"slug": slug, "rows": codes["rows"], "found": codes["found"], "recall": ratio(codes["found"], codes["rows"]),
+                          "recall_95": metrics.share_interval(codes["found"], codes["rows"], seed), "right": codes["right"]}
+    return made
+
+
+def confusion(pairs: Pairs, threshold: float, slugs: Mapping[str, str]) -> dict[str, dict[str, int]]:
+    """Rows by their category and by the first code that was said, both as slugs; a row of several categories counts in each."""
+    made: dict[str, Counter[str]] = {}
+    for row, answer in pairs:
+        first = next(iter(said(answer, threshold, slugs)), NO_CODE) if answer.score >= threshold else SAFE
+        for own in sorted(row.slugs) or [UNKNOWN if row.unsafe else SAFE]:
+            made.setdefault(own, Counter())[first] += 1
+    order = [slug for slug in (*SLUGS.values(), UNKNOWN, SAFE) if slug in made]
+    return {slug: dict(made[slug]) for slug in order}
+
+
+def worst(pairs: Pairs, threshold: float) -> dict[str, list[dict[str, Any]]]:
+    """The safe rows with the highest scores and the unsafe ones with the lowest, of those judged wrongly; by line, without a text."""
+    alarms = sorted((pair for pair in pairs if not pair[0].unsafe and pair[1].score >= threshold), key=lambda pair: -pair[1].score)
+    misses = sorted((pair for pair in pairs if pair[0].unsafe and pair[1].score < threshold), key=lambda pair: pair[1].score)
+    return {kind: [{"line": row.line, "score": answer.score, "raw_score": answer.raw_score, "codes": list(answer.codes),
+                    "role": row.conversation.role, "source": row.source, "categories": sorted(row.slugs)} for row, answer in some[:WORST]]
+            for kind, some in (("false_alarms", alarms), ("misses", misses))}
 
 
 def agreement(data: Data, first: Sequence[Verdict], second: Sequence[Verdict], seed: int = 0) -> dict[str, Any]:
@@ -111,8 +185,9 @@ def differences(pairs: Sequence[tuple[Said, Said]]) -> dict[str, Any]:
 
 
 def data_facts(data: Data, seed: int) -> dict[str, Any]:
-    """Which rows were judged."""
-    return {"name": data.name, "sha256": data.sha256, "rows": len(data.rows), "of": data.total, "seed": seed}
+    """Which rows were judged, and which were not."""
+    return {"name": data.name, "sha256": data.sha256, "rows": len(data.rows), "of": data.total, "seed": seed, "set": data.set,
+            "left_out": {reason: list(lines) for reason, lines in data.left_out.items()}, "uncoded": dict(data.uncoded)}
 
 
 def model_facts(model: ModelIdentity) -> dict[str, Any]:
@@ -120,52 +195,17 @@ def model_facts(model: ModelIdentity) -> dict[str, Any]:
     return dict(vars(model))
 
 
-def accuracy_table(result: dict[str, Any]) -> Table:
-    """For people: a line for all rows, each role and each source."""
-    data = result["data"]
-    shown = table(f"{_model_title(result['model'])}, threshold {result['threshold']:g}, on {data['name']}",
-                  f"{data['rows']} of {data['of']} rows; in brackets 95% bootstrap intervals.\n{caption(result)}",
-                  ("rows judged", "n", "unsafe", "F1", "prec.", "recall", "FPR", "AUPRC", "AUROC", "ECE", "first code"))
-    for title, group in (("all", {"": result["overall"]}), ("role", result["by_role"]), ("source", result["by_source"])):
-        for name, values in group.items():
-            shown.add_row(Text(f"{title} {name}".strip()), *_cells(values))  # a name is no markup
-        shown.add_section()
-    return shown
+def _everywhere(pairs: Pairs, measure: Callable[[Pairs], dict[str, Any]]) -> dict[str, Any]:
+    return {"overall": measure(pairs), "by_role": _groups(pairs, measure, _role),
+            "by_source": _groups(pairs, measure, lambda row: row.source)}
 
 
-def agreement_table(result: dict[str, Any]) -> Table:
-    """For people: one line for all rows and one for each role."""
-    data = result["data"]
-    shown = table(f"{_model_title(result['model'])}, then {_model_title(result['other'])}, on {data['name']}",
-                  f"{data['rows']} of {data['of']} rows, threshold {result['threshold']:g}.\n{caption(result)}",
-                  ("rows judged", "n", "verdict alike", "to safe", "to unsafe", "mean drift", "signed", "largest", "codes alike"))
-    for name, values in {"all": result["overall"], **result["by_role"]}.items():
-        shown.add_row(
-            name, str(values["rows"]), f"{values['agreement']:.2%}", str(values["unsafe_to_safe"]), str(values["safe_to_unsafe"]),
-            number(values["drift"], 4), f"{values['drift_signed']:+.4f}", number(values["drift_max"], 4),
-            f"{values['same_codes']} of {values['both_unsafe']}",
-        )
-    return shown
+def _role(row: Row) -> str:
+    return row.conversation.role
 
 
-def _groups(judged: Judged, key: Callable[[Row], str], seed: int) -> dict[str, Any]:
-    names = sorted({key(row) for row, _ in judged})
-    return {name: measures([(row, verdict) for row, verdict in judged if key(row) == name], seed) for name in names}
-
-
-def _cells(values: dict[str, Any]) -> list[str]:
-    codes = values["codes"]
-    return [
-        str(values["rows"]), str(values["unsafe"]),
-        _with_interval(values["f1"], values["f1_95"]), number(values["precision"]), number(values["recall"]),
-        _with_interval(values["fpr"], values["fpr_95"]), number(values["auprc"]), number(values["auroc"]), number(values["ece"]),
-        NOTHING if codes["accuracy"] is None else f"{codes['right']} of {codes['found']}",
-    ]
-
-
-def _with_interval(value: float | None, bounds: Interval | None) -> str:
-    return number(value) if bounds is None else f"{number(value)} ({bounds[0]:.2f}-{bounds[1]:.2f})"
-
-
-def _model_title(model: dict[str, Any]) -> str:
-    return f"{model['name']} {model['precision']} on {model['backend']} ({model['device']})"
+def _groups(pairs: Pairs, measure: Callable[[Pairs], dict[str, Any]], key: Callable[[Row], str]) -> dict[str, Any]:
+    groups: dict[str, list[tuple[Row, Answer]]] = {}
+    for row, answer in pairs:
+        groups.setdefault(key(row), []).append((row, answer))
+    return {name: measure(groups[name]) for name in sorted(groups)}

@@ -5,7 +5,7 @@ A measure that its rows do not define, such as recall without any unsafe row, is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,13 @@ class Counts:
         truth, said = np.asarray(unsafe, bool), np.asarray(judged, bool)
         _check_length(truth.shape, said.shape)
         return cls(int((truth & said).sum()), int((~truth & said).sum()), int((truth & ~said).sum()), int((~truth & ~said).sum()))
+
+    @classmethod
+    def of_sets(cls, pairs: Iterable[tuple[Set[str], Set[str]]]) -> Counts:
+        """From pairs (members that are right, members that were said), all pairs' members counted together; `tn` is 0."""
+        held = list(pairs)
+        return cls(sum(len(right & said) for right, said in held), sum(len(said - right) for right, said in held),
+                   sum(len(right - said) for right, said in held), 0)
 
     @property
     def total(self) -> int:
@@ -63,33 +70,106 @@ def ratio(part: float, whole: float) -> float | None:
     return part / whole if whole else None
 
 
+@dataclass(frozen=True)
+class Ranking:
+    """Rows in falling order of their scores: the measures that need no threshold, of the rows or of rows drawn anew.
+
+    `weights` (rows,) say how often each row was drawn, once each by default.
+    """
+
+    unsafe: NDArray[np.bool_]
+    scores: NDArray[np.float64]
+    ends: NDArray[np.intp]
+    """Places of the last row of each distinct score; rows of one score are one step."""
+
+    @classmethod
+    def of(cls, unsafe: ArrayLike, scores: ArrayLike) -> Ranking:
+        """From labels and scores (rows,) in any order; raises `InputError` for scores outside 0 to 1."""
+        truth, values = _truth_and_scores(unsafe, scores)
+        order = np.argsort(-values, kind="stable")
+        truth, values = truth[order], values[order]
+        return cls(truth, values, np.flatnonzero(np.append(np.diff(values) != 0, len(values) > 0)))
+
+    def auroc(self, weights: NDArray[np.float64] | None = None) -> float | None:
+        """Share of pairs (an unsafe row, a safe row) that the scores put in the right order; a tie is half right."""
+        found, taken = self._steps(weights)
+        false = taken - found
+        if not len(found) or not found[-1] * false[-1]:
+            return None
+        below = false[-1] - false + np.diff(false, prepend=0) / 2
+        return float((np.diff(found, prepend=0) * below).sum() / (found[-1] * false[-1]))
+
+    def auprc(self, weights: NDArray[np.float64] | None = None) -> float | None:
+        """Average precision: precision at each distinct score, weighted by the recall gained there; no interpolation."""
+        found, taken = self._steps(weights)
+        if not len(found) or not found[-1]:
+            return None
+        precision = np.divide(found, taken, out=np.zeros_like(found), where=taken > 0)
+        return float((np.diff(found, prepend=0) * precision).sum() / found[-1])
+
+    def best_f1(self) -> tuple[float, float] | None:
+        """The threshold with the highest F1 on these rows, between two scores, and that F1; None without an unsafe row."""
+        found, taken = self._steps(None)
+        if not len(found) or not found[-1]:
+            return None
+        f1 = 2 * found / (taken + found[-1])
+        best = int(np.argmax(f1))
+        upper = float(self.scores[self.ends[best]])
+        lower = float(self.scores[self.ends[best + 1]]) if best + 1 < len(self.ends) else upper
+        middle = (upper + lower) / 2
+        return middle if lower < middle else upper, float(f1[best])
+
+    def intervals(self, seed: int = 0, samples: int = 1000) -> dict[str, Interval | None]:
+        """Bootstrap 95% intervals (percentiles) of `auprc` and `auroc`, over rows drawn anew with replacement."""
+        generator, count = np.random.default_rng(seed), len(self.scores)
+        values: list[tuple[float | None, float | None]] = []
+        for _ in range(samples if count else 0):
+            weights = np.bincount(generator.integers(count, size=count), minlength=count).astype(np.float64)
+            values.append((self.auprc(weights), self.auroc(weights)))
+        return {name: percentiles([each[place] for each in values]) for place, name in enumerate(("auprc", "auroc"))}
+
+    def _steps(self, weights: NDArray[np.float64] | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Unsafe rows, and all rows, from the highest score down to each distinct one."""
+        drawn = np.ones(len(self.scores)) if weights is None else weights
+        return np.cumsum(drawn * self.unsafe)[self.ends], np.cumsum(drawn)[self.ends]
+
+
 def auroc(unsafe: ArrayLike, scores: ArrayLike) -> float | None:
-    """Share of pairs (an unsafe row, a safe row) that the scores put in the right order; a tie is half right."""
-    truth, values = _truth_and_scores(unsafe, scores)
-    positive, negative = values[truth], np.sort(values[~truth])
-    below = np.searchsorted(negative, positive, "left")
-    not_above = np.searchsorted(negative, positive, "right")
-    return ratio(float((below + not_above).sum()) / 2, len(positive) * len(negative))
+    """`Ranking.auroc` of labels and scores (rows,)."""
+    return Ranking.of(unsafe, scores).auroc()
 
 
 def auprc(unsafe: ArrayLike, scores: ArrayLike) -> float | None:
-    """Average precision: precision at each distinct score, weighted by the recall gained there; no interpolation."""
+    """`Ranking.auprc` of labels and scores (rows,)."""
+    return Ranking.of(unsafe, scores).auprc()
+
+
+@dataclass(frozen=True)
+class Bin:
+    """Rows whose scores lie in one part of 0 to 1."""
+
+    low: float
+    high: float
+    rows: int
+    score: float
+    """Their mean score."""
+    unsafe: float
+    """Share of them that is unsafe; a calibrated score says the same."""
+
+
+def reliability(unsafe: ArrayLike, scores: ArrayLike, bins: int = 10) -> list[Bin]:
+    """The bins of a reliability diagram, `bins` equal parts of 0 to 1; those without rows are left out."""
     truth, values = _truth_and_scores(unsafe, scores)
-    if not truth.any():
-        return None
-    order = np.argsort(-values, kind="stable")
-    last_of_ties = np.append(np.diff(values[order]) != 0, True)
-    found = np.cumsum(truth[order])[last_of_ties]
-    precision = found / (np.flatnonzero(last_of_ties) + 1)
-    return float((np.diff(found, prepend=0) * precision).sum() / truth.sum())
+    place = np.minimum((values * bins).astype(int), bins - 1)
+    rows, score, share = (np.bincount(place, weights, bins) for weights in (None, values, truth.astype(float)))
+    return [Bin(index / bins, (index + 1) / bins, int(rows[index]), float(score[index] / rows[index]), float(share[index] / rows[index]))
+            for index in np.flatnonzero(rows).tolist()]
 
 
 def ece(unsafe: ArrayLike, scores: ArrayLike, bins: int = 10) -> float | None:
     """Expected calibration error: mean distance of score and share of unsafe rows, over `bins` equal parts of 0 to 1."""
-    truth, values = _truth_and_scores(unsafe, scores)
-    place = np.minimum((values * bins).astype(int), bins - 1)
-    gaps = np.bincount(place, weights=values - truth, minlength=bins)
-    return ratio(float(np.abs(gaps).sum()), len(values))
+    found = reliability(unsafe, scores, bins)
+    return ratio(sum(each.rows * abs(each.score - each.unsafe) for each in found), sum(each.rows for each in found))
 
 
 def interval(counts: Counts, measure: Callable[[Counts], float | None], seed: int = 0, samples: int = 2000) -> Interval | None:
@@ -102,9 +182,21 @@ def interval(counts: Counts, measure: Callable[[Counts], float | None], seed: in
         return None
     cells = np.array([counts.tp, counts.fp, counts.fn, counts.tn])
     drawn = np.random.default_rng(seed).multinomial(counts.total, cells / counts.total, size=samples)
-    values = [value for row in drawn.tolist() if (value := measure(Counts(*row))) is not None]
-    low, high = np.quantile(values, (0.025, 0.975))
-    return (float(low), float(high)) if min(values) < max(values) else None
+    return percentiles([measure(Counts(*row)) for row in drawn.tolist()])
+
+
+def share_interval(part: int, whole: int, seed: int = 0) -> Interval | None:
+    """Bootstrap 95% interval of `part / whole`."""
+    return interval(Counts(part, 0, whole - part, 0), lambda drawn: drawn.recall, seed) if whole else None
+
+
+def percentiles(values: Sequence[float | None]) -> Interval | None:
+    """From the 2.5th to the 97.5th of those that are defined; None where all are alike."""
+    defined = [value for value in values if value is not None]
+    if not defined or min(defined) == max(defined):
+        return None
+    low, high = np.quantile(defined, (0.025, 0.975))
+    return float(low), float(high)
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from edgeguard.bench import sections
 from edgeguard.bench.charts import style
-from edgeguard.bench.markup import Markup, joined, tag
+from edgeguard.bench.markup import Child, Markup, joined, tag
 from edgeguard.bench.result import Result, pairs, size_or_words, words
 from edgeguard.bench.tables import table
 
@@ -49,21 +49,33 @@ SECTIONS = (
 )
 
 
-def page(result: Result) -> Markup:
-    """The whole document."""
-    shown = [(section, parts) for section in SECTIONS if (parts := section.parts(result))]
-    body = [tag("section", tag("h2", section.title), tag("p", section.intro, class_="soft"), parts, id=section.id)
-            for section, parts in shown]
-    links = tag("nav", tag("ul", [tag("li", tag("a", section.title, href=f"#{section.id}")) for section, _ in shown]),
-                aria_label="Sections")
+class Shown(NamedTuple):
+    """A section with what it shows."""
+
+    id: str
+    title: str
+    intro: str
+    parts: Sequence[Markup]
+
+
+def document(title: str, top: Sequence[Child], shown: Sequence[Shown]) -> Markup:
+    """A whole page: what stands first, links to the sections, the sections."""
+    links = tag("nav", tag("ul", [tag("li", tag("a", each.title, href=f"#{each.id}")) for each in shown]), aria_label="Sections")
     head = tag(
         "head", tag("meta", charset="utf-8"), tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("meta", name="color-scheme", content="light dark"), tag("title", f"edgeguard bench: {_name(result)}"),
+        tag("meta", name="color-scheme", content="light dark"), tag("title", f"edgeguard bench: {title}"),
         tag("style", style(), Markup(files("edgeguard.bench").joinpath("page.css").read_text("utf-8"))),
     )
-    top = tag("header", tag("h1", "What a verdict costs"), tag("p", f"{_name(result)}, {result.created}", class_="soft"), _random(result),
-              _facts(result), links)
-    return joined(Markup("<!doctype html>\n"), tag("html", head, tag("body", top, tag("main", body)), lang="en"), "\n")
+    body = [tag("section", tag("h2", each.title), tag("p", each.intro, class_="soft"), each.parts, id=each.id) for each in shown]
+    whole = tag("body", tag("header", *top, links), tag("main", body))
+    return joined(Markup("<!doctype html>\n"), tag("html", head, whole, lang="en"), "\n")
+
+
+def page(result: Result) -> Markup:
+    """The whole document."""
+    shown = [Shown(section.id, section.title, section.intro, parts) for section in SECTIONS if (parts := section.parts(result))]
+    title, told = tag("h1", "What a verdict costs"), tag("p", f"{_name(result)}, {result.created}", class_="soft")
+    return document(_name(result), (title, told, _random(result), _facts(result)), shown)
 
 
 def _name(result: Result) -> str:

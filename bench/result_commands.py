@@ -7,6 +7,9 @@ from typing import Annotated
 
 import typer
 
+from edgeguard.bench import accuracy_page
+from edgeguard.bench.accuracy_result import BENCH as ACCURACY
+from edgeguard.bench.accuracy_result import read_accuracy, read_plain
 from edgeguard.bench.compare import compare as compare_results
 from edgeguard.bench.compare import compare_report
 from edgeguard.bench.headline import headline_picture
@@ -22,10 +25,17 @@ ResultFile = Annotated[Path, typer.Argument(help="result.json of a run.", show_d
 
 
 def report(result: ResultFile, *,
-           out: Annotated[Path | None, typer.Option(help="The page; report.html beside the result by default.")] = None) -> None:
-    """Show a result as one HTML file that needs nothing else."""
+           out: Annotated[Path | None, typer.Option(help="The page; report.html beside the result by default.")] = None,
+           data: Annotated[Path | None, typer.Option(help="Of accuracy: the labelled file, where it is no longer as it was named.",
+                                                     show_default=False)] = None) -> None:
+    """Show a result of speed, gpu or accuracy as one HTML file that needs nothing else."""
     target = result.with_name("report.html") if out is None else out
-    _write(target, result, page(read_result(result)))
+    if read_plain(result).get("bench") == ACCURACY:
+        _write(target, result, accuracy_page.page(read_accuracy(result), result, data))
+    elif data is not None:
+        raise InputError("--data goes with results of accuracy only.")
+    else:
+        _write(target, result, page(read_result(result)))
 
 
 def picture(result: ResultFile, *,

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from edgeguard.bench.row_files import read_content
 from edgeguard.conversation import Conversation, Message
-from edgeguard.errors import EdgeGuardError, InferenceError, InputError, StoreError
+from edgeguard.errors import EdgeGuardError, InferenceError, InputError
 from edgeguard.taxonomy import LLAMA_GUARD_2
 from edgeguard.verdict import Verdict
 
 SLUGS = {category.code: category.slug for category in LLAMA_GUARD_2}
 """The files' codes are Llama Guard 2's; slugs compare them with any generation's."""
+OWN = "rows"
+"""Name of the corpus's own format."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +49,20 @@ class Data:
     sha256: str
     """Of the file as it is, packed or not."""
     total: int
-    """Rows of the file, those left out by a limit included."""
+    """Rows of the file that can be judged, those left out by a limit included."""
+    set: str = OWN
+    """How the file was read, a name of `sets.SETS`."""
+    left_out: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """Lines that the set's rule does not judge, by the reason."""
+    uncoded: Mapping[str, int] = field(default_factory=dict)
+    """Classes that the set names and that no code stands for, with the number of their rows."""
 
     def sample(self, limit: int | None, seed: int = 0) -> Data:
         """At most `limit` rows, drawn by `seed`, in the file's order."""
         if limit is None or limit >= len(self.rows):
             return self
         chosen = np.sort(np.random.default_rng(seed).permutation(len(self.rows))[:limit])
-        return Data(tuple(self.rows[index] for index in chosen), self.name, self.sha256, self.total)
+        return replace(self, rows=tuple(self.rows[index] for index in chosen))
 
 
 def read_rows(path: Path) -> Data:
@@ -64,15 +71,11 @@ def read_rows(path: Path) -> Data:
     A row has `messages`, `role`, `label`, `categories`, `categories_known` and `source`; other fields are let be.
     Raises `StoreError` for an unreadable file and `InputError` naming the first line that is wrong.
     """
-    try:
-        packed = path.read_bytes()
-        plain = gzip.decompress(packed) if path.suffix == ".gz" else packed
-    except (OSError, EOFError) as error:
-        raise StoreError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+    plain, digest = read_content(path)
     rows = tuple(_row(number, line, f"{path}, line {number}") for number, line in enumerate(plain.splitlines(), 1))
     if not rows:
         raise InputError(f"{path} holds no rows.")
-    return Data(rows, path.name, hashlib.sha256(packed).hexdigest(), len(rows))
+    return Data(rows, path.name, digest, len(rows))
 
 
 def _row(number: int, line: bytes, where: str) -> Row:

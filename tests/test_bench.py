@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeguard import cli as main_cli
@@ -65,6 +65,7 @@ def test_ece_by_hand() -> None:
 judged_rows = st.lists(st.tuples(st.booleans(), st.integers(0, 8).map(lambda n: n / 8)), min_size=1, max_size=30)
 
 
+@settings(deadline=None)
 @given(judged_rows)
 def test_auroc_is_the_share_of_ordered_pairs(rows: list[tuple[bool, float]]) -> None:
     pairs = [(p > n) + (p == n) / 2 for unsafe, p in rows if unsafe for safe, n in rows if not safe]
@@ -72,6 +73,7 @@ def test_auroc_is_the_share_of_ordered_pairs(rows: list[tuple[bool, float]]) -> 
     assert metrics.auroc(*zip(*rows, strict=True)) == (None if expected is None else pytest.approx(expected))
 
 
+@settings(deadline=None)
 @given(judged_rows)
 def test_auprc_is_precision_over_recall_steps(rows: list[tuple[bool, float]]) -> None:
     total, area, recall = sum(unsafe for unsafe, _ in rows), 0.0, 0.0
@@ -103,6 +105,45 @@ def test_interval_is_that_of_rows_drawn_anew() -> None:
     expected = np.quantile([value for value in drawn if value is not None], (0.025, 0.975))
     got = metrics.interval(Counts.of(unsafe, said), lambda counts: counts.f1, samples=4000)
     assert got == pytest.approx(tuple(expected), abs=0.02)
+
+
+def test_intervals_of_the_ranking_are_those_of_rows_drawn_anew() -> None:
+    unsafe, scores = np.arange(60) % 3 == 0, np.arange(60) * 7 % 31 / 31
+    ranking = metrics.Ranking.of(unsafe, scores)
+    generator = np.random.default_rng(5)
+    drawn = [metrics.auprc(unsafe[rows], scores[rows]) for rows in generator.integers(0, 60, (2000, 60))]
+    expected = np.quantile([value for value in drawn if value is not None], (0.025, 0.975))
+    assert ranking.intervals(seed=1)["auprc"] == pytest.approx(tuple(expected), abs=0.03)
+    assert metrics.Ranking.of([True, False], [0.9, 0.1]).intervals()["auroc"] is None, "no width is no certainty"
+    assert metrics.Ranking.of([], []).intervals() == {"auprc": None, "auroc": None}
+
+
+@settings(deadline=None)
+@given(judged_rows)
+def test_no_threshold_has_a_better_f1_than_the_best(rows: list[tuple[bool, float]]) -> None:
+    unsafe, scores = zip(*rows, strict=True)
+    best = metrics.Ranking.of(unsafe, scores).best_f1()
+    f1 = {threshold: Counts.of(unsafe, [score >= threshold for score in scores]).f1 for threshold in scores}
+    if best is None:
+        assert not any(unsafe)
+    else:
+        assert best[1] == pytest.approx(max(value for value in f1.values() if value is not None))
+        assert Counts.of(unsafe, [score >= best[0] for score in scores]).f1 == pytest.approx(best[1])
+
+
+def test_the_best_threshold_lies_between_two_scores() -> None:
+    assert metrics.Ranking.of([True, True, False], [0.9, 0.6, 0.2]).best_f1() == (pytest.approx(0.4), 1.0)
+
+
+def test_bins_of_a_reliability_diagram_by_hand() -> None:
+    low, high = metrics.reliability([True, False, True, True], [0.25, 0.25, 0.9, 1.0])
+    assert vars(low) == {"low": 0.2, "high": 0.3, "rows": 2, "score": 0.25, "unsafe": 0.5}
+    assert (high.low, high.high, high.rows, high.score, high.unsafe) == (0.9, 1.0, 2, pytest.approx(0.95), 1.0)
+
+
+def test_sets_are_counted_member_by_member() -> None:
+    counts = Counts.of_sets([({"a", "b"}, {"a"}), ({"c"}, set()), ({"d"}, {"d", "e", "f"})])
+    assert counts == Counts(tp=2, fp=2, fn=2, tn=0) and counts.f1 == 0.5
 
 
 @pytest.mark.parametrize("scores", [[0.5, float("nan")], [0.5, 1.2], [-0.1, 0.5], [0.5]])
@@ -253,7 +294,7 @@ def test_accuracy_from_the_command_line(
 ) -> None:
     monkeypatch.setattr(Guard, "load", lambda *_, **__: make_guard(bombs_only))
     path = write(tmp_path / "rows.jsonl.gz", ROWS)
-    assert run("accuracy", str(path), "--threshold", "0.4") == 0
+    assert run("accuracy", str(path)) == 0
     shown = capsys.readouterr().out
     result = json.loads(shown.splitlines()[-1])
     overall = result["overall"]
@@ -261,12 +302,14 @@ def test_accuracy_from_the_command_line(
     assert overall["f1"] == pytest.approx(6 / 9) and overall["fpr"] == pytest.approx(2 / 3)
     assert overall["f1_95"][0] < overall["f1"] < overall["f1_95"][1]
     # of three rows with a category two were found, and one has the first code that the model lists
-    assert overall["codes"] == {"rows": 3, "found": 2, "right": 1, "accuracy": 0.5}
+    assert {"rows": 3, "found": 2, "right": 1, "accuracy": 0.5}.items() <= overall["codes"].items()
     assert result["by_role"]["assistant"]["rows"] == 2 and set(result["by_source"]) == {"kitchen", "street"}
     assert result["by_source"]["kitchen"]["recall"] is None
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert result["data"] == {"name": "rows.jsonl.gz", "sha256": digest, "rows": 7, "of": 7, "seed": 0}
-    assert (result["threshold"], result["model"]["sha256"], result["model"]["profile"]) == (0.4, "0" * 64, "llama-guard-2")
+    facts = {"name": "rows.jsonl.gz", "sha256": digest, "rows": 7, "of": 7, "seed": 0, "set": "rows", "left_out": {}, "uncoded": {}}
+    assert result["data"] == {**facts, "path": path.as_posix()}
+    assert (result["threshold"], result["model"]["sha256"], result["model"]["profile"]) == (0.5, "0" * 64, "llama-guard-2")
+    assert (result["policy"]["name"], result["policy"]["slugs"]["S9"], result["calibration"]["rows"]) == ("default", "hate", 0)
     assert "source street" in shown and "0.667" in shown
 
 
@@ -288,7 +331,8 @@ def test_agreement_from_the_command_line(
 
 @pytest.mark.parametrize("arguments", [
     ["none.jsonl"], ["bad.jsonl"], ["good.jsonl", "--limit", "0"], ["good.jsonl", "--threshold", "1.5"],
-    ["good.jsonl", "--json", "no/folder/out.json"], ["good.jsonl", "--model", "no-such-model"],
+    ["good.jsonl", "--set", "no-such-set"], ["good.jsonl", "--model", "no-such-model"],
+    ["good.jsonl", "--threshold", "0.4", "--threshold-from", "other.json"], ["good.jsonl", "--threshold-from", "none.json"],
 ])  # fmt: skip
 def test_errors_end_in_status_2(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "good.jsonl", [GOOD])
