@@ -18,6 +18,7 @@ import numpy as np
 from edgeguard.bench.artifacts import BACKENDS
 from edgeguard.bench.cells import Cell
 from edgeguard.bench.prompts import Prompts
+from edgeguard.bench.suite import SUITES
 from edgeguard.bench.texts import messages
 from edgeguard.errors import InferenceError
 from edgeguard.guard import Guard
@@ -28,7 +29,7 @@ SHORT, LONG = 12, ((128, 4), (512, 2))
 """Texts of each kind whose scores are compared: short messages, and tokens of longer ones with their number."""
 LENGTHS = ((23, 20), (128, 10), (512, 5), (2048, 3), (8000, 2))
 """Lengths that are timed, and how often."""
-PACKS = (1, 4, 16, 64)
+PACKS = SUITES["short"].packs
 TURNS = 3  # of each pack
 BATCH = 16
 WALK = {"safe": 1.0, "unsafe": 0.0}
@@ -128,7 +129,8 @@ class Check:
 
     @contextmanager
     def _guard(self, device: str) -> Iterator[Guard]:
-        with Guard.load(self._artifact.folder, backend=BACKENDS[self._artifact.kind], device=device, threads=self._threads) as guard:
+        with Guard.load(self._artifact.folder, backend=BACKENDS[self._artifact.kind], device=device, threads=self._threads,
+                        calibration="none") as guard:
             info = guard.backend_info
             self._facts = {"runtime": info.runtime, "device": info.device, "precision": info.precision, "threads": info.threads,
                            "bytes": self._artifact.size, "sha256": guard.identity.sha256}

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from edgeguard.answers import Answers, Ids, State
 from edgeguard.backends.base import Backend, FloatArray, IntArray, Node, Run
+from edgeguard.calibration import UNCALIBRATED, Calibration
 from edgeguard.errors import InferenceError, InputError, ModelMismatchError
 
 MASS_FLOOR = 1e-4
@@ -37,6 +38,8 @@ class Decision:
 
     unsafe: bool
     score: float
+    """`raw_score`, calibrated."""
+    raw_score: float
     """P(unsafe) of the two answers, their surface forms summed."""
     mass: float
     """Share of the two answers in the probability of all rows of the head."""
@@ -55,23 +58,23 @@ class Decision:
 
 
 def decide(backend: Backend, node: Node, answers: Answers, run: Run, *, threshold: float = 0.5,
-           verdict_only: bool = False) -> Decision:
+           calibration: Calibration = UNCALIBRATED, verdict_only: bool = False) -> Decision:
     """`decide_many` for one conversation."""
-    return decide_many(backend, [node], answers, run, threshold=threshold, verdict_only=verdict_only)[0]
+    return decide_many(backend, [node], answers, run, threshold=threshold, calibration=calibration, verdict_only=verdict_only)[0]
 
 
 def decide_many(backend: Backend, nodes: Sequence[Node], answers: Answers, run: Run, *, threshold: float = 0.5,
-                verdict_only: bool = False) -> list[Decision]:
+                calibration: Calibration = UNCALIBRATED, verdict_only: bool = False) -> list[Decision]:
     """A decision for each node, which stands at the last token of its prompt (lead-in included); all share their passes.
 
-    Unsafe from a score of `threshold` on. The nodes given stay open, all others are closed. Raises `InputError` for a
-    threshold outside 0 to 1, `ModelMismatchError` if the head lacks a row, `InferenceError` for logits that are not
-    finite or a mass below `MASS_FLOOR`, and whatever the backend raises.
+    Unsafe from a calibrated score of `threshold` on; the calibration's own threshold is left to the caller. The nodes given
+    stay open, all others are closed. Raises `InputError` for a threshold outside 0 to 1, `ModelMismatchError` if the head
+    lacks a row, `InferenceError` for logits that are not finite or a mass below `MASS_FLOOR`, and whatever the backend raises.
     """
     if not 0 <= threshold <= 1:
         raise InputError(f"threshold is {threshold!r}; a number from 0 to 1 is needed.")
     head = _Head(backend.info.head_ids, answers)
-    walks = [_walk(node, answers, head, threshold, verdict_only) for node in nodes]
+    walks = [_walk(node, answers, head, calibration, threshold, verdict_only) for node in nodes]
     decisions: dict[int, Decision] = {}
     opened: list[Node] = []
     answered: dict[int, list[Node] | None] = dict.fromkeys(range(len(walks)))
@@ -123,19 +126,20 @@ class _Head:
         return logits[[self._rows[id_] for id_ in ids]].astype(np.float64)
 
 
-def _walk(node: Node, answers: Answers, head: _Head, threshold: float, verdict_only: bool) -> Walk:
+def _walk(node: Node, answers: Answers, head: _Head, calibration: Calibration, threshold: float, verdict_only: bool) -> Walk:
     """One conversation: yields the sequences that it wants evaluated, is sent their nodes, returns its decision."""
     safe = head.read(node.logits, [ids[0] for ids in answers.safe])
     unsafe = head.read(node.logits, [ids[0] for ids in answers.unsafe])
     with np.errstate(over="ignore"):
-        score = float(1 / (1 + np.exp(_log_sum(safe) - _log_sum(unsafe))))
+        raw_score = float(1 / (1 + np.exp(_log_sum(safe) - _log_sum(unsafe))))
     mass = float(np.exp(_log_sum([*safe, *unsafe]) - _log_sum(node.logits.astype(np.float64))))
     if mass < MASS_FLOOR:
         raise InferenceError(f"The model gave its two answers a probability of only {mass:.1e}; the text was not judged.")
+    score = calibration(raw_score)
     if score < threshold:
-        return Decision(False, score, mass, "safe")
+        return Decision(False, score, raw_score, mass, "safe")
     if verdict_only:
-        return Decision(True, score, mass, "unsafe")
+        return Decision(True, score, raw_score, mass, "unsafe")
     tree = _Tree(answers, head)
     begin = (*answers.unsafe[int(np.argmax(unsafe))], *answers.line)
     wanted, passes, decoded = tree.opening(), 0, 0
@@ -153,7 +157,7 @@ def _walk(node: Node, answers: Answers, head: _Head, threshold: float, verdict_o
     probabilities, unexplored = tree.probabilities()
     codes = tuple(answers.codes[code] for code in state.listed)
     raw = f"unsafe\n{','.join(codes)}"
-    return Decision(True, score, mass, raw, codes, probabilities, unexplored, passes, decoded)
+    return Decision(True, score, raw_score, mass, raw, codes, probabilities, unexplored, passes, decoded)
 
 
 class _Tree:

@@ -15,6 +15,7 @@ from typing import Any
 
 from edgeguard.answers import Answers
 from edgeguard.backends.base import Backend, BackendInfo, Node, Run
+from edgeguard.calibration import UNCALIBRATED, Calibration, Whose
 from edgeguard.conversation import Conversation, Message
 from edgeguard.decoder import Decision, decide_many
 from edgeguard.errors import ContextLengthError, EdgeGuardError, InferenceError, InputError, ModelMismatchError, PolicyError
@@ -28,7 +29,6 @@ from edgeguard.verdict import Category, ModelIdentity, Role, Verdict
 Judged = str | Sequence[Mapping[str, Any] | Message]
 """What can be checked: a text, or messages with role and content."""
 
-THRESHOLD = 0.5  # Llama Guard 2's model card
 LOW_MASS = 0.5
 ANSWER_ROOM = 64  # tokens of the context kept free for the answer and its branches
 
@@ -48,11 +48,11 @@ class Guard:
     """A loaded guard model. Safe to share between threads: calls wait for each other. Use `Guard.load`, then `check`."""
 
     def __init__(self, backend: Backend, tokenizer: Tokenizer, profile: Profile, identity: ModelIdentity, *,
-                 policy: Policy | None = None, neutralise: bool = False) -> None:
+                 policy: Policy | None = None, neutralise: bool = False, calibration: Calibration = UNCALIBRATED) -> None:
         """From parts; raises `PolicyError` or `ModelMismatchError` when they do not belong together."""
         if policy is not None and not profile.custom_policy:
             raise PolicyError(f"{profile.title} reads no policy: it was trained on its own categories. Leave the policy out.")
-        self.profile, self.identity = profile, identity
+        self.profile, self.identity, self.calibration = profile, identity, calibration
         self.policy = policy or profile.policy
         self._custom, self._neutralise = policy, neutralise
         self._backend, self._tokenizer = backend, tokenizer
@@ -71,20 +71,24 @@ class Guard:
     @classmethod
     def load(cls, model: str | Path | None = None, *, backend: str | Backend = "auto", device: str = "auto",
              threads: int | None = None, profile: str | None = None,
-             policy: Policy | str | Path | Sequence[Any] | None = None, neutralise: bool = False) -> Guard:
+             policy: Policy | str | Path | Sequence[Any] | None = None, neutralise: bool = False,
+             calibration: Whose = "user") -> Guard:
         """Load a model by name or path, or the built-in one.
 
         `backend` is `auto`, `onnx`, `llama`, `reference`, or a `Backend` of your own; `device` is `auto`,
         `cpu`, `cuda`, `metal`, ...; `policy` is a list of categories or a YAML or JSON file. `profile` is needed only for
         model files that do not say which guard model they are. With `neutralise`, pieces of the prompt's template inside
-        the text are defused, not only reported. Raises `ModelError`, `RuntimeMissingError`, `DeviceError`, `PolicyError`.
+        the text are defused, not only reported. `calibration` says whose scores and threshold count: the user's, from
+        `edgeguard calibrate`, if there are any, else the artifact's; the artifact's only; or none's. A backend of your own has
+        none. Raises `ModelError`, `RuntimeMissingError`, `DeviceError`, `PolicyError`, and `StoreError` for a calibration that
+        cannot be read.
         """
         from edgeguard.loading import load_parts
 
-        parts = load_parts(model, backend=backend, device=device, threads=threads, profile=profile)
+        parts = load_parts(model, backend=backend, device=device, threads=threads, profile=profile, calibration=calibration)
         try:
-            return cls(parts.backend, parts.tokenizer, parts.profile, parts.identity,
-                       policy=_policy(policy, parts.profile), neutralise=neutralise)
+            return cls(parts.backend, parts.tokenizer, parts.profile, parts.identity, policy=_policy(policy, parts.profile),
+                       neutralise=neutralise, calibration=parts.calibration)
         except BaseException:
             parts.backend.shutdown()
             raise
@@ -112,11 +116,11 @@ class Guard:
         """Judge a text or a conversation.
 
         `role` is whose turn is judged (`user` or `assistant`; the last message's by default), `threshold` the score from
-        which on it is unsafe, `timeout` seconds; `run` is a cancel token of your own instead. `verdict_only` leaves out
-        the codes. Raises an `EdgeGuardError` whenever there is no verdict.
+        which on it is unsafe (the calibration's by default, 0.5 without one), `timeout` seconds; `run` is a cancel token of
+        your own instead. `verdict_only` leaves out the codes. Raises an `EdgeGuardError` whenever there is no verdict.
         """
         asked = self._ask(given, role)
-        return self._judge([asked], _threshold(threshold), _run(timeout, run), verdict_only)[0]
+        return self._judge([asked], self._threshold(threshold), _run(timeout, run), verdict_only)[0]
 
     def check_many(self, items: Iterable[Judged], role: str | None = None, threshold: float | None = None, *,
                    timeout: float | None = None, verdict_only: bool = False, batch: int = 16,
@@ -127,7 +131,7 @@ class Guard:
 
         The first item that cannot be judged raises its error, after the verdicts of those before it.
         """
-        threshold = _threshold(threshold)
+        threshold = self._threshold(threshold)
         if not isinstance(batch, int) or batch < 1:
             raise InputError(f"batch is {batch!r}; a whole number from 1 on is needed.")
         if isinstance(items, (str, bytes, Mapping)) or not isinstance(items, Iterable):
@@ -172,6 +176,13 @@ class Guard:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    def _threshold(self, given: float | None) -> float:
+        if given is None:
+            return self.calibration.threshold
+        if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given <= 1:
+            raise InputError(f"threshold is {given!r}; a number from 0 to 1 is needed.")
+        return float(given)
+
     def _ask(self, given: Judged, role: str | None) -> _Asked:
         """Tokens of the prompt, no model involved."""
         began = time.perf_counter()
@@ -190,7 +201,8 @@ class Guard:
             nodes = self._prefill(asked, run)
             prefill = _since(began)
             try:
-                decisions = decide_many(self._backend, nodes, self._answers, run, threshold=threshold, verdict_only=verdict_only)
+                decisions = decide_many(self._backend, nodes, self._answers, run, threshold=threshold,
+                                        calibration=self.calibration, verdict_only=verdict_only)
             finally:
                 for node in nodes:
                     self._backend.close(node)
@@ -232,8 +244,9 @@ class Guard:
         timings = {"tokenize": one.tokenize, **times}
         kept = len(self._prefixes[one.role]) if hit else 0
         return Verdict(
-            verdict="unsafe" if decision.unsafe else "safe", score=decision.score, threshold=threshold, mass=decision.mass,
-            role=one.role, categories=self._categories(decision), unexplored=decision.unexplored, raw=decision.raw,
+            verdict="unsafe" if decision.unsafe else "safe", score=decision.score, raw_score=decision.raw_score,
+            threshold=threshold, mass=decision.mass, role=one.role, categories=self._categories(decision),
+            unexplored=decision.unexplored, raw=decision.raw,
             tokens={"prompt": len(one.ids), "prefix": kept, "decoded": decision.decoded}, passes=1 + decision.passes,
             windows=1, cache_hit=hit, timings={**timings, "total": sum(timings.values())}, model=self.identity, warnings=warnings,
         )
@@ -258,14 +271,6 @@ def _policy(given: Policy | str | Path | Sequence[Any] | None, profile: Profile)
     if isinstance(given, (str, Path)):
         return Policy.load(given, profile=profile)
     return Policy.of(given, profile.code_prefix)
-
-
-def _threshold(given: float | None) -> float:
-    if given is None:
-        return THRESHOLD
-    if isinstance(given, bool) or not isinstance(given, (int, float)) or not 0 <= given <= 1:
-        raise InputError(f"threshold is {given!r}; a number from 0 to 1 is needed.")
-    return float(given)
 
 
 def _run(timeout: float | None, run: Run | None) -> Run:

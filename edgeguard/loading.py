@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from edgeguard import __version__, machine, profiles, store
 from edgeguard.architecture import Shape
 from edgeguard.backends.base import Backend
+from edgeguard.calibration import UNCALIBRATED, Calibration, Whose
 from edgeguard.errors import EdgeGuardError, InputError, ModelMemoryError, ModelMismatchError, RuntimeMissingError
 from edgeguard.profiles import Profile
 from edgeguard.store import Artifact, BareModel, FileRecord, Manifest, Model, PrefixCache, Tuned
@@ -78,6 +80,7 @@ class Parts:
     tokenizer: Tokenizer
     profile: Profile
     identity: ModelIdentity
+    calibration: Calibration = UNCALIBRATED
 
 
 def choose(model: str | Path | None = None, backend: str = "auto", device: str = "auto") -> Choice:
@@ -153,20 +156,24 @@ def _named(model: str | Path | None, backend: str) -> Choice:
 
 
 def load_parts(model: str | Path | None = None, *, backend: str | Backend = "auto", device: str = "auto",
-               threads: int | None = None, profile: str | None = None) -> Parts:
+               threads: int | None = None, profile: str | None = None, calibration: Whose = "user") -> Parts:
     """Load everything that a guard is made of; `Guard.load` tells the arguments and errors."""
+    if calibration not in get_args(Whose):
+        raise InputError(f"calibration is {repr(calibration)[:40]}; {', '.join(get_args(Whose))} are possible.")
     if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or not 1 <= threads <= MAX_THREADS):
         raise InputError(f"threads is {repr(threads)[:40]}; a whole number from 1 to {MAX_THREADS} is needed.")
     if not isinstance(backend, str):
         return _given(model, backend, profile)
-    return open_choice(choose(model, backend, device), device=device, threads=threads, profile=profile)
+    return open_choice(choose(model, backend, device), device=device, threads=threads, profile=profile, calibration=calibration)
 
 
-def open_choice(choice: Choice, *, device: str = "auto", threads: int | None = None, profile: str | None = None) -> Parts:
+def open_choice(choice: Choice, *, device: str = "auto", threads: int | None = None, profile: str | None = None,
+                calibration: Whose = "user") -> Parts:
     """Load what was chosen; raises what `Guard.load` does."""
     found = choice.model
-    named = _profile(found, profile)
+    named = profile_of(found, profile)
     store.check_files(found)
+    applied, _ = calibration_of(found, named, calibration)
     tokenizer = _tokenizer(found.tokenizer)
     _check_memory(choice)
     running = _OPEN[choice.backend](choice, device, threads or choice.threads, prefix_cache(found, named))
@@ -174,7 +181,19 @@ def open_choice(choice: Choice, *, device: str = "auto", threads: int | None = N
     if tokenizer.vocab_size < rows:
         running.shutdown()
         raise ModelMismatchError(f"The tokenizer of {found.name} has {tokenizer.vocab_size} ids, its model answers with {rows}.")
-    return Parts(running, tokenizer, named, _identity(found.name, _weights_hash(found), named, running))
+    return Parts(running, tokenizer, named, _identity(found.name, _weights_hash(found), named, running), applied)
+
+
+def calibration_of(model: Model, profile: Profile, whose: Whose = "user", *, known: bool = False) -> tuple[Calibration, Whose]:
+    """What is done to a model's scores, and whose calibration that is: the user's, else the artifact's, as far as `whose` allows.
+
+    With `known`, no file of weights is read for it. Raises `StoreError` for a calibration of the user that cannot be read.
+    """
+    if whose == "user" and (own := store.read_calibration(store.digest(model, known=known), profile.name)):
+        return own, "user"
+    if whose != "none" and isinstance(model, Artifact) and model.manifest.calibration:
+        return model.manifest.calibration, "artifact"
+    return UNCALIBRATED, "none"
 
 
 def prefix_cache(model: Model, profile: Profile) -> PrefixCache | None:
@@ -203,7 +222,7 @@ def prepack(artifact: Artifact) -> None:
 def _given(model: str | Path | None, backend: Backend, profile: str | None) -> Parts:
     """A backend object of the caller's, with the tokenizer and profile of a model, by default the built-in one."""
     found = store.resolve(model)
-    named = _profile(found, profile)
+    named = profile_of(found, profile)
     return Parts(backend, _tokenizer(found.tokenizer), named, _identity(backend.info.name, "", named, backend))
 
 
@@ -213,13 +232,14 @@ def scripted_parts(answer: Callable[[str], str], model: str | Path | None = None
     from edgeguard.backends.scripted import ScriptedBackend
 
     found = store.resolve(model)
-    named, tokenizer = _profile(found, profile), _tokenizer(found.tokenizer)
+    named, tokenizer = profile_of(found, profile), _tokenizer(found.tokenizer)
     answers = Answers.build(named, [category.code for category in named.policy.categories], tokenizer)
     backend = ScriptedBackend.answering(answer, answers, tokenizer, context=named.context)
     return Parts(backend, tokenizer, named, _identity("scripted", "", named, backend))
 
 
-def _profile(model: Model, asked: str | None) -> Profile:
+def profile_of(model: Model, asked: str | None = None) -> Profile:
+    """Which guard model it is, by its manifest or as asked; raises `ModelMismatchError` when that is not known or contradicts it."""
     recorded = model.manifest.profile if isinstance(model, Artifact) else None
     if asked is None and recorded is None:
         raise ModelMismatchError(

@@ -45,9 +45,11 @@ class Verdict:
 
     verdict: Literal["safe", "unsafe"]
     score: float
-    """P(unsafe): softmax over the two answers, all their surface forms summed."""
+    """P(unsafe), calibrated: `raw_score` as it is where the model has no calibration."""
+    raw_score: float
+    """The model's own: softmax over the two answers, all their surface forms summed."""
     threshold: float
-    """Unsafe from this score on."""
+    """Unsafe from this `score` on."""
     mass: float
     """Share of the two answers in the probability of all rows that the artifact holds; small means the model is off its path."""
     role: Role

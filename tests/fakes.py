@@ -26,9 +26,10 @@ def make_verdict(score: float = 0.1, threshold: float = 0.5, role: Any = "user",
     categories = (HATE, PRIVACY, CRIMES) if unsafe and not verdict_only else ()
     raw = "safe" if not unsafe else "unsafe\nS9" if categories else "unsafe"
     return Verdict(
-        verdict="unsafe" if unsafe else "safe", score=score, threshold=threshold, mass=0.99, role=role, categories=categories,
-        unexplored=0.01 if categories else 0.0, raw=raw, tokens={"prompt": 30, "prefix": 10, "decoded": 0}, passes=1, windows=1,
-        cache_hit=True, timings={"tokenize": 0.1, "prefill": 5.0, "decode": 1.0, "total": 6.1}, model=MODEL, warnings=warnings,
+        verdict="unsafe" if unsafe else "safe", score=score, raw_score=score, threshold=threshold, mass=0.99, role=role,
+        categories=categories, unexplored=0.01 if categories else 0.0, raw=raw,
+        tokens={"prompt": 30, "prefix": 10, "decoded": 0}, passes=1, windows=1, cache_hit=True,
+        timings={"tokenize": 0.1, "prefill": 5.0, "decode": 1.0, "total": 6.1}, model=MODEL, warnings=warnings,
     )
 
 

@@ -116,7 +116,7 @@ def test_a_bare_gguf_needs_its_profile_named(tmp_path: Path) -> None:
         Guard.load(path)
     with Guard.load(path, profile="edgeguard-mini") as guard, Guard.load(backend="llama") as known:
         assert guard.identity.sha256 == known.identity.sha256 == store.sha256(path)
-        assert guard.check("hello").score == known.check("hello").score
+        assert guard.check("hello").raw_score == known.check("hello").raw_score
 
 
 def test_a_profile_of_another_family_is_refused(tmp_path: Path) -> None:
@@ -136,7 +136,8 @@ def test_a_device_that_is_not_there_is_an_error_and_auto_falls_back() -> None:
 
 def test_reference_reads_a_hugging_face_folder() -> None:
     master = store.built_in_folder() / "master"
-    with Guard.load(master, backend="reference", profile="edgeguard-mini") as slow, Guard.load(backend="onnx") as fast:
+    with (Guard.load(master, backend="reference", profile="edgeguard-mini") as slow,
+          Guard.load(backend="onnx", calibration="none") as fast):
         for text in ("How do I kill a Python process?", "Tell me how to build a pipe bomb to hurt people."):
             one, other = slow.check(text), fast.check(text)
             assert one.verdict == other.verdict and abs(one.score - other.score) < 0.1

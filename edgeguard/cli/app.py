@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from edgeguard import __version__
+from edgeguard.cli.calibrate import calibrate
 from edgeguard.cli.check import check
 from edgeguard.cli.console import write
 from edgeguard.cli.doctor import doctor
@@ -35,6 +36,7 @@ app.command()(prompt)
 app.add_typer(models, name="models")
 app.command()(doctor)
 app.command()(tune)
+app.command()(calibrate)
 app.command()(serve)
 
 
@@ -67,7 +69,8 @@ def root(
 ) -> None:
     """A command line without a command is an error, though asking for help is none."""
     if context.invoked_subcommand is None:
-        raise typer.BadParameter("A command is needed: check, prompt, models, doctor, tune, serve, convert or bench.", ctx=context)
+        names = "check, prompt, models, doctor, tune, calibrate, serve, convert or bench"
+        raise typer.BadParameter(f"A command is needed: {names}.", ctx=context)
 
 
 def _hand_over(context: typer.Context, package: str) -> None:

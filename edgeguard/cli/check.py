@@ -51,7 +51,9 @@ def check(
     threads: ThreadsOption = None,
     profile: ProfileOption = None,
     role: RoleOption = None,
-    threshold: Annotated[float | None, typer.Option("--threshold", help="Unsafe from this score, 0 to 1, on; 0.5.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option("--threshold", help="Unsafe from this score, 0 to 1, on; by default the calibration's, or 0.5.")
+    ] = None,
     policy: PolicyOption = None,
     neutralise: NeutraliseOption = False,
     verdict_only: Annotated[bool, typer.Option("--verdict-only", help="Leave out the categories.")] = False,
@@ -86,7 +88,7 @@ def report(verdict: Verdict) -> list[Text]:
     lines = [
         line(
             (f" {verdict.verdict.upper()} ", STYLES[verdict.verdict]), "  ", (bar(verdict.score), colour),
-            f"  {verdict.score:.3f}", (f"  unsafe from {verdict.threshold:g}", "dim"),
+            f"  {verdict.score:.3f}", (f"  unsafe from {verdict.threshold:.4g}", "dim"),
         )
     ]  # fmt: skip
     lines += _categories(verdict)

@@ -17,7 +17,7 @@ from edgeguard.cli.check import ModelOption
 from edgeguard.cli.console import facts, line, show, size, waiting, write_json
 from edgeguard.cli.status import ERROR
 from edgeguard.cli.tune import told
-from edgeguard.errors import EdgeGuardError
+from edgeguard.errors import EdgeGuardError, ModelMismatchError
 from edgeguard.guard import Guard
 
 PROBE_SECONDS = 2.0
@@ -115,16 +115,27 @@ def measure(backend: str) -> dict[str, Any]:
 
 
 def _choice(model: str | None) -> dict[str, Any]:
-    """What `auto` takes for a model, why, what was measured for it, and which prefixes are at hand."""
+    """What `auto` takes for a model, why, what was measured for it, whose calibration counts, and which prefixes are at hand."""
     try:
         choice, (tuned, why) = loading.choose(model), loading.tuned_record(model)
+        calibration = _calibration(choice.model)
     except EdgeGuardError as error:
         return {"error": str(error)}
     measured = tuned.to_dict() if tuned else {"error": f"{why}: edgeguard tune" + (f" --model {model}" if model else "")}
     return {
         "backend": choice.backend, "folder": str(choice.model.folder), "reason": choice.reason, "threads": choice.threads,
-        "prepacked": choice.prepacked, "tuned": measured, "prefixes": _prefixes(choice.model),
+        "prepacked": choice.prepacked, "tuned": measured, "calibration": calibration, "prefixes": _prefixes(choice.model),
     }
+
+
+def _calibration(model: store.Model) -> dict[str, Any]:
+    """Of the scores, and whose it is; raises `StoreError` for one that cannot be read."""
+    try:
+        profile = loading.profile_of(model)
+    except ModelMismatchError:
+        return {"error": "it depends on the profile that is named when the model is loaded"}
+    calibration, whose = loading.calibration_of(model, profile, known=True)
+    return {"of": whose, **asdict(calibration)}
 
 
 def _prefixes(model: store.Model) -> dict[str, Any]:
@@ -167,7 +178,18 @@ def _chosen(choice: dict[str, Any]) -> list[tuple[str, str]]:
     else:
         record = store.Tuned.from_dict(tuned)
         pairs += [("measured" if place == 0 else "", f"{each.title}: {told(each)}") for place, each in enumerate(record.candidates)]
+    pairs.append(("calibration", _calibrated(choice["calibration"])))
     return [*pairs, ("prefixes", f"{own}{prefixes['cached']} in the cache ({size(prefixes['bytes'])})")]
+
+
+def _calibrated(found: dict[str, Any]) -> str:
+    if "error" in found:
+        return f"unknown, {found['error']}"
+    if found["of"] == "none":
+        return f"none: the model's own scores, unsafe from {found['threshold']:g}"
+    owner = "yours" if found["of"] == "user" else "the artifact's"
+    return (f"{owner}, fitted on {found['rows']} rows: slope {found['slope']:.3g}, offset {found['offset']:.3g}, "
+            f"unsafe from {found['threshold']:.3g}")
 
 
 def _speed(probe: dict[str, Any]) -> str:

@@ -10,14 +10,15 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from edgeguard import store
+from edgeguard import loading, store
 from edgeguard.cli.console import line, progress, show, size, terminal, warn, write, write_json
 from edgeguard.cli.status import ERROR
+from edgeguard.errors import ModelError, StoreError
 from edgeguard.store import Artifact, Differences, Entry, Model
 
 app = typer.Typer(help="List, find, verify, fetch and remove models.")
 Name = Annotated[str, typer.Argument(help="Name of a model, or a path.", show_default=False)]
-HEADER = ("NAME", "KIND", "PROFILE", "PRECISION", "SIZE", "FOLDER")
+HEADER = ("NAME", "KIND", "PROFILE", "PRECISION", "CALIBRATION", "SIZE", "FOLDER")
 
 
 @app.callback(invoke_without_command=True)
@@ -103,7 +104,17 @@ def differences(folder: Path, found: Differences) -> list[Text]:
 def _row(entry: Entry, model: Model) -> tuple[str, ...]:
     manifest = model.manifest if isinstance(model, Artifact) else None
     profile, precision = (manifest.profile, manifest.precision) if manifest else ("", "")
-    return (entry.name, model.kind, profile, precision, size(model.size), str(model.folder))
+    return (entry.name, model.kind, profile, precision, _calibration(model), size(model.size), str(model.folder))
+
+
+def _calibration(model: Model) -> str:
+    """Whose is in force: `user`, `artifact` or `none`; empty where that depends on the profile that a load names."""
+    try:
+        return loading.calibration_of(model, loading.profile_of(model), known=True)[1]
+    except ModelError:
+        return ""
+    except StoreError:
+        return "damaged"
 
 
 def _plain(entry: Entry) -> dict[str, Any]:
@@ -123,6 +134,7 @@ def _plain_model(model: Model) -> dict[str, Any]:
     return {
         **{name: getattr(model, name) for name in own},
         **{name: getattr(manifest, name, None) for name in known},
+        "calibration": _calibration(model) or None,
         "folder": str(model.folder),
         "weights": str(model.weights),
     }

@@ -1,5 +1,6 @@
 """Manifests, hashes, folders, locks, downloads: the only room that touches disk layout and network; no inference."""
 
+from edgeguard.store.calibrated import calibration_path, forget_calibration, read_calibration, write_calibration
 from edgeguard.store.catalogue import (
     BareModel,
     Entry,
@@ -39,14 +40,17 @@ __all__ = [
     "Tuned",
     "built_in_folder",
     "cache_folder",
+    "calibration_path",
     "check_files",
     "digest",
     "entry",
+    "forget_calibration",
     "home",
     "locate",
     "models",
     "offline",
     "pull",
+    "read_calibration",
     "read_tuned",
     "record",
     "records",
@@ -56,6 +60,7 @@ __all__ = [
     "sha256",
     "tuned_path",
     "verify",
+    "write_calibration",
     "write_text",
     "write_tuned",
 ]

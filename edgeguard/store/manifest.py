@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from edgeguard import strict_json
 from edgeguard.architecture import Shape
+from edgeguard.calibration import Calibration
 from edgeguard.errors import ModelFileError
 from edgeguard.store.files import FileRecord, write_text
 from edgeguard.verdict import Role
@@ -73,6 +74,8 @@ class Manifest:
     licence: str = ""
     conversion: Mapping[str, Any] = field(default_factory=dict)
     """What it took to make it: `memory`, peaks in bytes. Old manifests have none."""
+    calibration: Calibration | None = None
+    """Fitted for these weights; none stands in the manifest of an artifact without one."""
 
     @classmethod
     def read(cls, folder: str | Path) -> Manifest:
@@ -114,6 +117,7 @@ class Manifest:
             builder=read("builder", _string),
             **{name: read(name, _mapping) for name in ("source", "types", "probe", "gate")},
             conversion=read("conversion", _mapping) if "conversion" in data else {},
+            calibration=read("calibration", Calibration.from_dict) if "calibration" in data else None,
         )
         read.done()
         manifest._check()
@@ -121,7 +125,7 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `from_dict` gives the same manifest back."""
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "calibration"}
         return {
             "format": FORMAT,
             **plain,
@@ -130,6 +134,7 @@ class Manifest:
             "head_ids": list(self.head_ids),
             "prefixes": [{**vars(prefix), "ids": list(prefix.ids)} for prefix in self.prefixes],
             **{name: dict(plain[name]) for name in ("source", "types", "probe", "gate", "conversion")},
+            **({"calibration": asdict(self.calibration)} if self.calibration else {}),
         }
 
     def write(self, folder: str | Path) -> Path:
