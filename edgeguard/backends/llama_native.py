@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeguard.backends import huge_pages
 from edgeguard.backends.base import FloatArray, Run
 from edgeguard.errors import DeviceError, InferenceError, ModelFileError, ModelMemoryError, RuntimeMissingError
 
@@ -257,11 +258,14 @@ def _load(llama: Any, path: Path, device: int | None, repack: bool) -> Any:  # n
     devices = (ctypes.c_void_p * 2)(device, None)
     params.devices = ctypes.cast(devices, ctypes.c_void_p)
     params.n_gpu_layers = 0 if device is None else ALL_LAYERS
+    before = huge_pages.regions()
     model = llama.llama_model_load_from_file(os.fsencode(path), params)
     if not model:
         if any("alloc" in line for line in errors):
             raise ModelMemoryError(f"{path} does not fit into memory{told()}.")
         raise ModelFileError(f"llama.cpp cannot load {path}{told()}.")
+    if device is None:
+        huge_pages.gather(before)
     return model
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeguard.backends import huge_pages
 from edgeguard.backends.base import Run
 from edgeguard.backends.kernels import FLOAT as FLOAT_KERNEL
 from edgeguard.backends.kernels import QUANTISED, tried
@@ -61,7 +62,10 @@ class Session:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if written:
             options.optimized_model_filepath = str(written)
+        before = huge_pages.regions()
         self.device, self._session = _granted(ort, model, chosen, options)
+        if self.device == "cpu":
+            huge_pages.gather(before)
         self.types: dict[str, str] = {each.name: each.type for each in self._session.get_inputs()}
         """Names of the inputs and their types, as `tensor(float)`."""
         self.shapes: dict[str, list[int | str]] = {each.name: each.shape for each in self._session.get_inputs()}
