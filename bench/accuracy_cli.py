@@ -111,7 +111,7 @@ def _chosen(threshold: float | None, source: Path | None, data: Data, judged: Ju
 def _answers(guard: Guard, data: Data, judged: Judged, threshold: float, out: Path | None) -> Sequence[Answer]:
     """Those of the folder, and the guard's for the rows that lack; kept there as they come."""
     kept = Kept(out, run_key(data, judged, threshold)) if out else None
-    found = kept.read() if kept else {}
+    found = kept.read(judged.policy["slugs"]) if kept else {}
     missing = [row for row in data.rows if row.line not in found]
     with report.progress("Judging", sum(row.size for row in missing)) as advance:
         def done(row: Row) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -90,14 +90,17 @@ class Kept:
         else:
             write_text(folder / KEY, json.dumps(key, indent=1, sort_keys=True) + "\n")
 
-    def read(self) -> dict[int, Answer]:
-        """All whole lines by the rows' lines; a line that was cut off by a kill is dropped, and its row judged again."""
+    def read(self, codes: Collection[str]) -> dict[int, Answer]:
+        """All whole lines by the rows' lines; a line that was cut off by a kill is dropped, and its row judged again.
+
+        `codes` are those that answers can have. Raises `InputError` for lines that no run of this model wrote.
+        """
         try:
             held = self.path.read_bytes() if self.path.exists() else b""
             whole = held[: held.rfind(b"\n") + 1]
             if whole != held:
                 os.truncate(self.path, len(whole))
-            answers = [_answer(json.loads(line)) for line in whole.splitlines()]
+            answers = [_answer(json.loads(line), codes) for line in whole.splitlines()]
         except OSError as error:
             raise StoreError(f"{self.path} cannot be read: {error.strerror}.") from error
         except (ValueError, TypeError, KeyError) as error:
@@ -134,12 +137,14 @@ def judge(guard: Guard, rows: Sequence[Row], threshold: float, done: Callable[[R
     return [found[row.line] for row in rows]
 
 
-def _answer(plain: Mapping[str, Any]) -> Answer:
+def _answer(plain: Mapping[str, Any], codes: Collection[str]) -> Answer:
     """Raises `KeyError`, `TypeError` or `ValueError` for anything else than a line that `Kept` wrote."""
     line, score, raw = plain["line"], float(plain["score"]), float(plain["raw_score"])
     if type(line) is not int or not (0 <= score <= 1 and 0 <= raw <= 1):
         raise ValueError("no line or no score")
-    return Answer(line, score, raw, tuple(str(code) for code in plain["codes"]))
+    if not set(plain["codes"]) <= set(codes):
+        raise ValueError("codes of another model")
+    return Answer(line, score, raw, tuple(plain["codes"]))
 
 
 def _check_same(folder: Path, key: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from edgeguard import strict_json
 from edgeguard.bench.row_files import read_content
 from edgeguard.conversation import Conversation, Message
 from edgeguard.errors import EdgeGuardError, InferenceError, InputError
@@ -80,13 +80,20 @@ def read_rows(path: Path) -> Data:
 
 def _row(number: int, line: bytes, where: str) -> Row:
     try:
-        data = json.loads(line)
+        data = strict_json.loads(line.decode("utf-8"))
         if not isinstance(data, dict):
-            raise InputError(f"{type(data).__name__} instead of an object.")
+            raise InputError("it is not a JSON object.")
         return _checked(number, data)
     except (ValueError, RecursionError) as error:  # InputError is a ValueError, and so is what json and UTF-8 raise
-        reason = error if isinstance(error, InputError) else f"not a JSON object ({type(error).__name__})."
+        reason = error if isinstance(error, InputError) else _reason(error)
         raise InputError(f"{where}: {reason}") from error
+
+
+def _reason(error: Exception) -> str:
+    """Why a line is no JSON object, without what stands in it."""
+    if isinstance(error, strict_json.DuplicateKeyError):
+        return "it names a key twice."
+    return "it is not UTF-8." if isinstance(error, UnicodeDecodeError) else "it is not a JSON object; other formats are read with --set."
 
 
 def _checked(number: int, data: Mapping[str, Any]) -> Row:
@@ -94,15 +101,15 @@ def _checked(number: int, data: Mapping[str, Any]) -> Row:
         raise InputError(f"lacks {', '.join(sorted(missing))}.")
     label, codes, known = data["label"], data["categories"], data["categories_known"]
     if label not in ("safe", "unsafe"):
-        raise InputError(f"label is {label!r}; 'safe' or 'unsafe' is needed.")
+        raise InputError("label is neither 'safe' nor 'unsafe'.")
     if not isinstance(known, bool):
-        raise InputError(f"categories_known is {known!r}; true or false is needed.")
+        raise InputError("categories_known is neither true nor false.")
     if not isinstance(codes, list) or any(not isinstance(code, str) or code not in SLUGS for code in codes):
-        raise InputError(f"categories is {codes!r}; a list of codes from {', '.join(SLUGS)} is needed.")
+        raise InputError(f"categories is no list of codes from {', '.join(SLUGS)}.")
     if bool(codes) != (label == "unsafe" and known):
         raise InputError(f"label {label!r}, categories_known {known} and {len(codes)} categories contradict each other.")
     if not isinstance(data["source"], str) or not data["source"]:
-        raise InputError(f"source is {data['source']!r}; a name is needed.")
+        raise InputError("source is no name.")
     if data["role"] is None or isinstance(data["messages"], str):
         raise InputError("role must be a name and messages a list.")
     conversation = Conversation.of(data["messages"], data["role"])

@@ -10,6 +10,11 @@ from collections.abc import Mapping
 
 Classes = Mapping[str, str]
 
+XSTEST_SAFE = frozenset({
+    "homonyms", "figurative_language", "safe_targets", "safe_contexts", "definitions", "real_group_nons_discr", "nons_group_real_discr",
+    "historical_events", "privacy_public", "privacy_fictional",
+})
+"""Types whose prompts are safe; all others begin with `contrast_`."""
 XSTEST: Classes = {"contrast_discr": "S9", "contrast_privacy": "S6"}
 
 OPENAI_MODERATION: Classes = {"s": "S11", "h": "S9", "v": "S1", "sh": "S10", "s3": "S4", "h2": "S9", "v2": "S1"}

@@ -103,6 +103,8 @@ def _row(line: int, item: Item, chosen: PublicSet) -> Row:
 def _xstest(record: Record) -> Item:
     kind = record.name("type")
     unsafe = kind.startswith("contrast_")
+    if not unsafe and kind not in set_classes.XSTEST_SAFE:
+        raise InputError("the column 'type' holds no type of the set.")
     if "label" in record.values and record.choice("label", SAFETY) != unsafe:
         raise InputError("the columns 'type' and 'label' contradict each other.")
     return Item((record.text("prompt"),), unsafe, (kind,), kind)
@@ -178,9 +180,11 @@ def _aegis(record: Record) -> Item:
     labels = [record.name(name) for name in AEGIS_LABELS]
     if not any(labels):
         raise LeftOut("no label")
+    if missing := [name for name, label in zip(AEGIS_LABELS, labels, strict=True) if not label]:
+        raise InputError(f"the column {missing[0]!r} is empty, and others are not.")
     named = Counter(part.strip() for label in labels for part in label.split(","))
-    classes = tuple(name for name, votes in named.items() if votes >= 2 and name not in ("", "Safe"))
-    return Item((record.text("text"),), labels.count("Safe") < 2, classes, "")
+    classes = tuple(name for name, votes in named.items() if votes >= 2 and name.lower() not in ("", "safe"))
+    return Item((record.text("text"),), sum(label.lower() == "safe" for label in labels) < 2, classes, "")
 
 
 def _aegis_2(record: Record) -> Item:

@@ -184,12 +184,18 @@ def open_choice(choice: Choice, *, device: str = "auto", threads: int | None = N
     return Parts(running, tokenizer, named, _identity(found.name, _weights_hash(found), named, running), applied)
 
 
+def _digest(model: Model, *, known: bool) -> str:
+    """What tells a model from others; a GGUF whose hash cannot be remembered is hashed all the same if it may have a calibration."""
+    found = store.digest(model, known=known)
+    return store.sha256(model.weights) if not found and not known and model.kind == "gguf" and store.any_calibration() else found
+
+
 def calibration_of(model: Model, profile: Profile, whose: Whose = "user", *, known: bool = False) -> tuple[Calibration, Whose]:
     """What is done to a model's scores, and whose calibration that is: the user's, else the artifact's, as far as `whose` allows.
 
     With `known`, no file of weights is read for it. Raises `StoreError` for a calibration of the user that cannot be read.
     """
-    if whose == "user" and (own := store.read_calibration(store.digest(model, known=known), profile.name)):
+    if whose == "user" and (own := store.read_calibration(_digest(model, known=known), profile.name)):
         return own, "user"
     if whose != "none" and isinstance(model, Artifact) and model.manifest.calibration:
         return model.manifest.calibration, "artifact"

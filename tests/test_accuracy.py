@@ -270,7 +270,7 @@ def test_without_its_file_the_page_says_so(scorer: Scorer, capsys: pytest.Captur
 
 def test_published_figures_stand_beside_their_set(scorer: Scorer) -> None:
     with Path("x.csv").open("w", newline="") as file:
-        rows = [["0.9 S1 a", "contrast_discr"], ["0.8 S1 b", "privacy"], ["0.1 - c", "nouns"]]
+        rows = [["0.9 S1 a", "contrast_discr"], ["0.8 S1 b", "privacy_public"], ["0.1 - c", "homonyms"]]
         csv.writer(file).writerows([["prompt", "type"], *rows])
     assert run("x.csv", "--set", "xstest", "--limit", "2", "--out", "out") == 0 and report() == 0
     page = Path("out", "report.html").read_text("utf-8")

@@ -106,6 +106,31 @@ def ship(folder: Path, calibration: Calibration | None = SHIPPED) -> None:
 
 
 class TestCommand:
+    def test_labels_that_the_scores_say_nothing_of_are_refused(self, model: Path, tmp_path: Path, home: Path, capsys: Any) -> None:
+        blind = write_rows(tmp_path / "blind.jsonl", slope=0.08, offset=-1.5)
+        assert main(["calibrate", str(blind), "--model", str(model)]) == 2
+        assert "Are the labels right?" in capsys.readouterr().err and not kept(home)
+        assert main(["calibrate", str(blind), "--model", str(model), "--dry-run"]) == 0
+
+    def test_what_cannot_be_stored_is_not_measured(self, model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                   capsys: Any) -> None:
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("EDGEGUARD_HOME", str(tmp_path / "file"))
+        monkeypatch.setattr(loading, "open_choice", lambda *_, **__: pytest.fail("loaded"))
+        assert main(["calibrate", str(rows), "--model", str(model)]) == 2
+        assert "EDGEGUARD_HOME" in capsys.readouterr().err
+
+    def test_a_gguf_whose_hash_cannot_be_remembered_keeps_its_calibration(self, tmp_path: Path, home: Path,
+                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+        weights = tmp_path / "some.gguf"
+        weights.write_bytes(b"weights")
+        bare = store.BareModel("gguf", tmp_path, weights)
+        profile = profiles.get(PROFILE)
+        own = Calibration(2.0, 0.5, 0.3, "0" * 64, 60)
+        store.write_calibration(store.sha256(weights), profile.name, own)
+        monkeypatch.setattr(store, "digest", lambda *_, **__: "")
+        assert loading.calibration_of(bare, profile) == (own, "user")
+
     def test_what_is_fitted_is_kept_and_followed(self, model: Path, rows: Path, home: Path, capsys: Any) -> None:
         result = run(capsys, rows, "--model", model, "--fpr", "0.1")
         (path,) = kept(home)

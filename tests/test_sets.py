@@ -177,6 +177,10 @@ def test_a_column_that_is_missing_is_named(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "file", "text", "told"), [
     ("xstest", "a.csv", as_csv("prompt,type,label", ["secret words", "homonyms", "unsafe"]), "line 2: .*'type' and 'label' contradict"),
+    ("xstest", "a.csv", as_csv("prompt,type", ["secret words", ""]), "line 2: .*'type'"),
+    ("xstest", "a.csv", as_csv("prompt,type", ["secret words", "contrasts_privacy"]), "line 2: .*'type' holds no type of the set"),
+    ("aegis", "a.csv", as_csv("text,text_type,labels_0,labels_1,labels_2", ["secret words", "user_message", "Safe", "Safe", ""]),
+     "line 2: .*'labels_2' is empty"),
     ("xstest", "a.csv", as_csv("prompt,type,label", ["secret words", "homonyms", "harmless"]), "line 2: .*'label' is none of"),
     ("xstest", "a.csv", "id,prompt,type\n1,secret words\n", "line 2: 2 fields instead of the 3"),
     ("xstest", "a.csv", 'id,prompt,type\n1,a,homonyms\n2,"secret words,homonyms\n', "line 3: no CSV record"),

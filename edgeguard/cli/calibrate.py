@@ -17,7 +17,7 @@ from edgeguard import calibration, loading, store
 from edgeguard.calibration import Calibration, Wish
 from edgeguard.cli.check import BackendName, BackendOption, DeviceOption, ModelOption, ProfileOption, ThreadsOption
 from edgeguard.cli.console import facts, line, show, write_json
-from edgeguard.errors import ModelFileError, StoreError
+from edgeguard.errors import InputError, ModelFileError, StoreError
 from edgeguard.guard import Guard
 from edgeguard.store import Artifact, Model
 from edgeguard.verdict import Verdict
@@ -29,6 +29,8 @@ RATES = ("f1", "fpr", "recall")
 SHOWN = {"threshold": "threshold", "ece": "ECE", "f1": "F1", "fpr": "FPR", "recall": "recall"}
 NO_CODES = 1.0
 """A threshold at which hardly any row is unsafe, so that no pass is spent on codes: only scores are needed."""
+LEAST_SLOPE = 0.2
+"""Of what is stored: below it scores hardly depend on what the model says."""
 COLUMN = 30  # characters
 
 
@@ -61,11 +63,21 @@ def calibrate(
         result = {"calibration": None, "stored": None, "removed": place.forget()}
     else:
         result = measure(choice, rows, wish, device=device, threads=threads, profile=profile)
+        if not dry_run:
+            _check_use(result)
         result["stored"] = None if dry_run else str(place.keep(Calibration.from_dict(result["calibration"])))
     if as_json:
         write_json(result)
     else:
         show(report(result))
+
+
+def _check_use(result: dict[str, Any]) -> None:
+    """Raises `InputError` for a calibration that would make the guard blind, as wrong labels do."""
+    slope, recall = result["calibration"]["slope"], result["after"]["recall"]
+    if slope < LEAST_SLOPE or not recall:
+        raise InputError(f"The model's scores say little of these labels: slope {slope:.3g}, recall {recall:.3f} on rows that were not "
+                         "fitted on. Nothing was stored. Are the labels right? --dry-run shows all numbers.")
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,8 @@ class _Place:
         if not artifact and not store.digest(model):
             raise ModelFileError(f"{model.name} cannot be told from other models, so that no calibration can be kept for it: only "
                                  "artifacts with a manifest and GGUF files can.")
+        if not artifact and not dry_run:
+            store.check_calibrations()
         return cls(model, loading.profile_of(model, profile).name, artifact)
 
     def keep(self, fitted: Calibration) -> Path:

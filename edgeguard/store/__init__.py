@@ -1,6 +1,13 @@
 """Manifests, hashes, folders, locks, downloads: the only room that touches disk layout and network; no inference."""
 
-from edgeguard.store.calibrated import calibration_path, forget_calibration, read_calibration, write_calibration
+from edgeguard.store.calibrated import (
+    any_calibration,
+    calibration_path,
+    check_calibrations,
+    forget_calibration,
+    read_calibration,
+    write_calibration,
+)
 from edgeguard.store.catalogue import (
     BareModel,
     Entry,
@@ -38,9 +45,11 @@ __all__ = [
     "Progress",
     "Setting",
     "Tuned",
+    "any_calibration",
     "built_in_folder",
     "cache_folder",
     "calibration_path",
+    "check_calibrations",
     "check_files",
     "digest",
     "entry",

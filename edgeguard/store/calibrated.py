@@ -49,6 +49,17 @@ def read_calibration(model: str, profile: str) -> Calibration | None:
         ) from error
 
 
+def any_calibration() -> bool:
+    """Whether there is one of any model."""
+    return any((home() / ".config" / "calibrated").glob("*.json"))
+
+
+def check_calibrations() -> None:
+    """Raises `StoreError` where none could be written."""
+    with _changing(calibration_path("", "")):
+        pass
+
+
 def write_calibration(model: str, profile: str, calibration: Calibration) -> Path:
     """Keep it in place of any other of this model and profile; raises `StoreError`."""
     path = calibration_path(model, profile)

@@ -11,7 +11,7 @@ import gzip
 import hashlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +53,13 @@ def unit(row_id: str, seed: int) -> float:
 
 def chosen(row: dict[str, Any], seed: int) -> bool:
     return free_license(row) and unit(row["id"], seed) < SHARES.get(row["source"], 1.0)
+
+
+def gather(corpus: Path, more: Sequence[Path], seed: int, left_out: Collection[str] = ()) -> list[dict[str, Any]]:
+    """The rows to train on: those chosen of the corpus, and all of the further files, without the sources that are left out."""
+    found = [row for row in rows(corpus / "train.jsonl.gz") if chosen(row, seed)]
+    found += [row for path in more for row in rows(path)]
+    return [row for row in found if row["source"] not in left_out]
 
 
 def cut(ids: list[int], limit: int, at: float) -> list[int]:

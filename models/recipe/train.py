@@ -1,7 +1,8 @@
-"""Trains the mini guard: python models/recipe/train.py --corpus DIR --out DIR. Run again after a stop, it goes on where it was.
+"""Trains the mini guard: python models/recipe/train.py --corpus DIR --out DIR [--more FILE ...]. Run again after a stop, it goes on.
 
 The loss is the cross-entropy of the answer's tokens over the whole vocabulary, so that the answer's share of the
-probability means something. Embeddings and the lowest layers stay frozen.
+probability means something. Embeddings and the lowest layers stay frozen. From epoch to epoch rows are changed anew
+(synthetic/augment.py); what is saved at the end is the running average of the weights.
 """
 
 from __future__ import annotations
@@ -12,15 +13,19 @@ import math
 import os
 import random
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from base import IM_END, write_base
-from data import Example, chosen, encode, free_license, rows
+from data import Example, encode, free_license, gather, rows, unit
+from synthetic.augment import augment
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
+
+Row = dict[str, Any]
 
 
 def batches(examples: list[Example], tokens: int, seed: int) -> list[list[int]]:
@@ -39,65 +44,136 @@ def batches(examples: list[Example], tokens: int, seed: int) -> list[list[int]]:
 def answer_states(model: LlamaForCausalLM, batch: list[Example]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits (N, vocab) that predict the batch's answer tokens, those tokens (N), their weights (N)."""
     width = max(len(example.ids) for example in batch)
-    ids = torch.tensor([example.ids + [IM_END] * (width - len(example.ids)) for example in batch])
+    device = model.lm_head.weight.device
+    ids = torch.tensor([example.ids + [IM_END] * (width - len(example.ids)) for example in batch], device=device)
     # padding stands behind the answer, where a causal model cannot see it: no mask is needed
     states = model.model(input_ids=ids, use_cache=False).last_hidden_state
     at = [(row, example.answer + k) for row, example in enumerate(batch) for k in range(len(example.weights))]
-    row, column = torch.tensor(at).T
+    row, column = torch.tensor(at, device=device).T
     logits = F.linear(states[row, column - 1], model.lm_head.weight)
-    return logits.float(), ids[row, column], torch.tensor([w for example in batch for w in example.weights])
+    return logits.float(), ids[row, column], torch.tensor([w for example in batch for w in example.weights], device=device)
 
 
 @torch.no_grad()
-def validate(model: LlamaForCausalLM, examples: list[Example], labels: list[bool], first: tuple[int, int]) -> dict[str, float]:
-    """F1, FPR and AUPRC of P(unsafe) from the first answer token, threshold 0.5."""
+def scores(model: LlamaForCausalLM, examples: list[Example], first: tuple[int, int]) -> torch.Tensor:
+    """P(unsafe) of each example, (rows,), from the first answer token."""
     model.eval()
-    scores = torch.zeros(len(examples))
-    for batch in batches(examples, 3000, 0):
-        logits, _, _ = answer_states(model, [examples[i] for i in batch])
+    found = torch.zeros(len(examples))
+    for batch in batches(examples, 6000, 0):
+        with torch.autocast(model.device.type, torch.bfloat16):
+            logits, _, _ = answer_states(model, [examples[i] for i in batch])
         starts = torch.tensor([0, *[len(examples[i].weights) for i in batch]]).cumsum(0)[:-1]
-        pair = logits[starts][:, list(first)]
-        scores[torch.tensor(batch)] = pair.softmax(-1)[:, 1].float()
+        found[torch.tensor(batch)] = logits[starts.to(logits.device)][:, list(first)].softmax(-1)[:, 1].float().cpu()
     model.train()
-    truth = torch.tensor(labels)
-    said = scores > 0.5
-    hit, false = int((said & truth).sum()), int((said & ~truth).sum())
-    order = truth[scores.argsort(descending=True)].float()
-    precision = order.cumsum(0) / torch.arange(1, len(order) + 1)
-    return {"f1": 2 * hit / max(1, int(said.sum()) + int(truth.sum())), "fpr": false / int((~truth).sum()),
-            "recall": hit / int(truth.sum()), "auprc": float((precision * order).sum() / order.sum())}
+    return found
+
+
+def measures(said: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
+    """F1, FPR, recall at 0.5 and AUPRC; what the rows do not define is left out."""
+    unsafe, hit = int(truth.sum()), int(((said > 0.5) & truth).sum())
+    false, safe = int(((said > 0.5) & ~truth).sum()), int((~truth).sum())
+    found = {"fpr": false / safe} if safe else {}
+    if unsafe:
+        order = truth[said.argsort(descending=True)].float()
+        precision = order.cumsum(0) / torch.arange(1, len(order) + 1)
+        found |= {"f1": 2 * hit / (hit + false + unsafe), "recall": hit / unsafe, "auprc": float((precision * order).sum() / unsafe)}
+    return {name: round(value, 4) for name, value in found.items()}
+
+
+def by_source(held: list[Row], said: torch.Tensor) -> dict[str, dict[str, float]]:
+    """The measures of all rows and of each source."""
+    truth = torch.tensor([row["label"] == "unsafe" for row in held])
+    groups = {"all": list(range(len(held)))}
+    for index, row in enumerate(held):
+        groups.setdefault(row["source"], []).append(index)
+    return {name: {"rows": len(index), **measures(said[index], truth[index])} for name, index in groups.items()}
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--corpus", type=Path, required=True, help="folder with train.jsonl.gz and val.jsonl.gz")
+    parser.add_argument("--more", type=Path, nargs="*", default=[], help="further files of rows to train on")
+    parser.add_argument("--held", type=Path, nargs="*", default=[], help="further files of rows to measure on at the end")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--vocab", type=int, default=20480)
     parser.add_argument("--frozen", type=int, default=3, help="lowest layers that are not trained")
-    parser.add_argument("--rows", type=int, default=40000)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--augmented", type=float, default=0.3, help="share of the rows that are changed in an epoch")
+    parser.add_argument("--left-out", nargs="*", default=[], help="sources that are not trained on, but measured")
     parser.add_argument("--tokens", type=int, default=2400, help="padded tokens a step")
     parser.add_argument("--rate", type=float, default=3e-4)
+    parser.add_argument("--average", type=float, default=0.995, help="decay of the running average of the weights")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     return parser.parse_args()
 
 
-def prepare(args: argparse.Namespace) -> tuple[LlamaForCausalLM, Tokenizer]:
-    base = args.out / "base"
-    if not (base / "tokenizer.json").exists():
-        write_base(base, args.layers, args.vocab)
-    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa")
-    model.model.embed_tokens.weight.requires_grad_(False)
-    for layer in model.model.layers[: args.frozen]:
-        layer.requires_grad_(False)
-    return model, Tokenizer.from_file(str(base / "tokenizer.json"))
+class Run:
+    """Model, optimiser and place of a training that can be stopped at any time."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.checkpoint = args, args.out / "checkpoint.pt"
+        base = args.out / "base"
+        if not (base / "tokenizer.json").exists():
+            write_base(base, args.layers, args.vocab)
+        self.model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa").to(args.device)
+        self.model.model.embed_tokens.weight.requires_grad_(False)
+        for layer in self.model.model.layers[: args.frozen]:
+            layer.requires_grad_(False)
+        self.tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
+        self.first = tuple(self.tokenizer.encode(word, add_special_tokens=False).ids[0] for word in ("safe", "unsafe"))
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=args.rate, betas=(0.9, 0.98), weight_decay=0.01)
+        self.average = [p.detach().clone() for p in self.trained]
+        self.epoch = self.step = self.steps = 0
+        if self.checkpoint.exists():
+            state = torch.load(self.checkpoint, map_location=args.device)
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.average, self.epoch, self.step, self.steps = state["average"], state["epoch"], state["step"], state["steps"]
+
+    def save(self) -> None:
+        partial = self.checkpoint.with_suffix(".partial")
+        torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "average": self.average,
+                    "epoch": self.epoch, "step": self.step, "steps": self.steps}, partial)
+        partial.replace(self.checkpoint)
+
+    def take(self, batch: list[Example], done: float) -> float:
+        """One step at a share of the whole training; gives the loss."""
+        warm = min(1.0, (self.steps + 1) / 50)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.args.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
+        with torch.autocast(self.args.device, torch.bfloat16):
+            logits, targets, weights = answer_states(self.model, batch)
+        loss = (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        decay = min(self.args.average, self.steps / (self.steps + 10))
+        torch._foreach_lerp_(self.average, [p.detach() for p in self.trained], 1 - decay)
+        return float(loss.detach())
+
+    def averaged(self) -> None:
+        """The average in the place of the weights."""
+        for parameter, average in zip(self.trained, self.average, strict=True):
+            parameter.data.copy_(average)
+
+    def write(self, out: Path) -> None:
+        self.model.to(torch.bfloat16).save_pretrained(out, max_shard_size="60MB")
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (out / name).write_bytes((self.args.out / "base" / name).read_bytes())
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)
+def encoded(run: Run, found: Iterable[Row], epoch: int) -> list[Example]:
+    """The rows of an epoch as tokens, a share of them changed; the same epoch gives the same."""
+    args = run.args
+    changed = (augment(row, random.Random(f"{args.seed}:{epoch}:{row['id']}"))
+               if unit(f"{epoch}:{row['id']}", args.seed) < args.augmented else row for row in found)
+    return [encode(row, run.tokenizer, args.seed + epoch) for row in changed]
 
 
 def main() -> None:
@@ -105,54 +181,38 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    model, tokenizer = prepare(args)
-    kept = [row for row in rows(args.corpus / "train.jsonl.gz") if chosen(row, args.seed)]
-    random.Random(args.seed).shuffle(kept)
-    examples = [encode(row, tokenizer, args.seed) for row in kept[: args.rows]]
-    val = [row for row in rows(args.corpus / "val.jsonl.gz") if free_license(row)]
-    held = [encode(row, tokenizer, args.seed) for row in val]
-    labels = [row["label"] == "unsafe" for row in val]
-    first = (tokenizer.encode("safe", add_special_tokens=False).ids[0], tokenizer.encode("unsafe", add_special_tokens=False).ids[0])
-    plan = batches(examples, args.tokens, args.seed)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=args.rate, betas=(0.9, 0.98), weight_decay=0.01)
-    checkpoint, log, start = args.out / "checkpoint.pt", args.out / "log.jsonl", 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-    tokens = sum(len(example.ids) for example in examples)
-    print(f"{len(examples)} rows, {tokens} tokens, {len(plan)} steps from {start}, {len(val)} validation rows", flush=True)
-    model.train()
+    run, log = Run(args), args.out / "log.jsonl"
+    found = gather(args.corpus, args.more, args.seed, args.left_out)
+    held = [row for row in rows(args.corpus / "val.jsonl.gz") if free_license(row)]
+    held += [row for path in args.held for row in rows(path)]
+    if args.left_out:
+        held += [row for row in rows(args.corpus / "train.jsonl.gz") if free_license(row) and row["source"] in args.left_out]
+    held_examples = [encode(row, run.tokenizer, args.seed) for row in held]
+
+    def tell(line: dict[str, Any]) -> None:
+        print(json.dumps(line), flush=True)
+        with log.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
     began = time.time()
-    for step in range(start, len(plan)):
-        rate = min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / len(plan))))
-        for group in optimizer.param_groups:
-            group["lr"] = args.rate * rate
-        with torch.autocast("cpu", torch.bfloat16):
-            logits, targets, weights = answer_states(model, [examples[i] for i in plan[step]])
-        loss = (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        line: dict[str, float] = {"step": step, "loss": round(float(loss.detach()), 4), "minutes": round((time.time() - began) / 60, 2)}
-        last = step + 1 == len(plan)
-        if (step + 1) % 300 == 0 or last:
-            save(checkpoint, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1})
-        if (step + 1) % 600 == 0 or last:
-            with torch.autocast("cpu", torch.bfloat16):
-                few = len(held) if last else 1000
-                line |= validate(model, held[:few], labels[:few], first)
-        if step % 20 == 0 or "f1" in line:
-            print(json.dumps(line), flush=True)
-            with log.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-    final = args.out / "final"
-    model.to(torch.bfloat16).save_pretrained(final, max_shard_size="60MB")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (final / name).write_bytes((args.out / "base" / name).read_bytes())
+    for epoch in range(run.epoch, args.epochs):
+        examples = encoded(run, found, epoch)
+        plan = batches(examples, args.tokens, args.seed + epoch)
+        tokens = sum(len(each.ids) for each in examples)
+        tell({"epoch": epoch, "rows": len(examples), "tokens": tokens, "steps": len(plan), "from": run.step})
+        for step in range(run.step, len(plan)):
+            loss = run.take([examples[i] for i in plan[step]], (epoch + step / len(plan)) / args.epochs)
+            run.step = step + 1
+            if step % 20 == 0:
+                tell({"epoch": epoch, "step": step, "loss": round(loss, 4), "minutes": round((time.time() - began) / 60, 2)})
+            if run.step % 300 == 0:
+                run.save()
+        run.epoch, run.step = epoch + 1, 0
+        run.save()
+        tell({"epoch": epoch, "val": by_source(held, scores(run.model, held_examples, run.first))["all"]})
+    run.averaged()
+    tell({"averaged": by_source(held, scores(run.model, held_examples, run.first))})
+    run.write(args.out / "final")
 
 
 if __name__ == "__main__":
