@@ -9,6 +9,7 @@ from rich.text import Text
 
 from edgeguard.bench.metrics import Interval
 from edgeguard.bench.report import NOTHING, caption, number, table
+from edgeguard.cli.console import CONTROL
 
 HEADINGS = ("rows judged", "n", "unsafe", "F1", "prec.", "recall", "FPR", "AUPRC", "AUROC", "ECE", "first code")
 
@@ -25,7 +26,7 @@ def accuracy_table(result: dict[str, Any]) -> Table:
         groups += [(f"{at} all", {"": chosen["overall"]}), (f"{at} role", chosen["by_role"])]
     for title, group in (*groups, ("source", result["by_source"])):
         for name, values in group.items():
-            shown.add_row(Text(f"{title} {name}".strip()), *_cells(values))  # a name is no markup
+            shown.add_row(Text(CONTROL.sub("\ufffd", f"{title} {name}".strip())), *_cells(values))  # a name is no markup
         shown.add_section()
     return shown
 
