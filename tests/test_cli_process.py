@@ -77,7 +77,9 @@ def test_nothing_ends_well_without_standard_output(arguments: tuple[str, ...]) -
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
 def test_interrupted_process_says_so() -> None:
-    waiting = "import os, time; FakeGuard.check = lambda *a, **k: (os.write(1, b'on\\n'), time.sleep(60))"
+    # whoever starts the tests in the background may have had SIGINT ignored
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    waiting = f"{heard}; import os, time; FakeGuard.check = lambda *a, **k: (os.write(1, b'on\\n'), time.sleep(60))"
     code = FAKE.replace("FakeGuard.install()", f"FakeGuard.install(); {waiting}")
     process = start("-c", code, "check", "hello", stdout=subprocess.PIPE)
     assert process.stdout is not None
