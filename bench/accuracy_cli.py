@@ -14,7 +14,7 @@ from edgeguard.bench import report, sets
 from edgeguard.bench.accuracy_result import RESULT, best_threshold, write_result
 from edgeguard.bench.accuracy_table import accuracy_table, agreement_table
 from edgeguard.bench.quality_run import Answer, Judged, Kept, judge, run_key
-from edgeguard.bench.rows import OWN, Data, Row, judge_rows, read_rows
+from edgeguard.bench.rows import OWN, Data, judge_rows, read_rows
 from edgeguard.calibration import Whose
 from edgeguard.cli.check import BackendName, BackendOption, DeviceOption, ModelOption, ThreadsOption
 from edgeguard.cli.console import write
@@ -114,20 +114,15 @@ def _answers(guard: Guard, data: Data, judged: Judged, threshold: float, out: Pa
     found = kept.read(judged.policy["slugs"]) if kept else {}
     missing = [row for row in data.rows if row.line not in found]
     with report.progress("Judging", sum(row.size for row in missing)) as advance:
-        def done(row: Row) -> None:
-            advance(row.size)
-
-        found |= {answer.line: answer for answer in judge(guard, missing, threshold, done, kept.add if kept else None)}
+        new = judge(guard, missing, threshold, lambda row: advance(row.size), kept.add if kept else None)
+    found |= {answer.line: answer for answer in new}
     return [found[row.line] for row in data.rows]
 
 
 def _judge(data: Data, model: str | None, threshold: float | None, load: dict[str, Any]) -> Sequence[Verdict]:
     size = sum(row.size for row in data.rows)
     with Guard.load(model, **load, calibration="artifact") as guard, report.progress("Judging", size) as advance:
-        def done(row: Row) -> None:
-            advance(row.size)
-
-        return judge_rows(guard, data.rows, threshold, done)
+        return judge_rows(guard, data.rows, threshold, lambda row: advance(row.size))
 
 
 def _writable(path: Path | None) -> None:

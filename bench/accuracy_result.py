@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgeguard import strict_json
 from edgeguard.bench.quality_run import Judged
 from edgeguard.bench.report import FORMAT
-from edgeguard.bench.result import MOST_BYTES
+from edgeguard.bench.result import read_plain
 from edgeguard.bench.rows import Data
-from edgeguard.errors import InputError, StoreError
+from edgeguard.errors import InputError
 from edgeguard.store import write_text
 
 RESULT = "result.json"
@@ -22,23 +21,6 @@ BENCH = "accuracy"
 def write_result(folder: Path, result: Mapping[str, Any]) -> None:
     """Whole or not at all."""
     write_text(folder / RESULT, json.dumps(result, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def read_plain(path: Path) -> dict[str, Any]:
-    """Any result of the bench as plain values; raises `StoreError` for a file that cannot be read, `InputError` for what is no result."""
-    try:
-        if path.stat().st_size > MOST_BYTES:
-            raise InputError(f"{path} is larger than any result of the bench.")
-        found = strict_json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise StoreError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path} is no result of the bench: it is not JSON in UTF-8.") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path} is no result of the bench: it is not a JSON object.")
-    return found
 
 
 def read_accuracy(path: Path) -> dict[str, Any]:

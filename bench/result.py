@@ -83,8 +83,8 @@ class Result:
         return [cell for cell in self.cells if cell.group == name]
 
 
-def read_result(path: Path) -> Result:
-    """The result in a file; raises `StoreError` for one that cannot be read, `InputError` for what is no result."""
+def read_plain(path: Path) -> dict[str, Any]:
+    """Any result of the bench as plain values; raises `StoreError` for a file that cannot be read, `InputError` for what is no result."""
     try:
         if path.stat().st_size > MOST_BYTES:
             raise InputError(f"{path} is larger than any result of the bench.")
@@ -94,15 +94,25 @@ def read_result(path: Path) -> Result:
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is no result of the bench: it is not UTF-8.") from error
     try:
-        return _result(loads(text))
+        found = loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is no result of the bench: {error}.") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is no result of the bench: it is not a JSON object.")
+    return found
+
+
+def read_result(path: Path) -> Result:
+    """The result in a file, of cells; raises as `read_plain`, and `InputError` for results of another kind or format."""
+    data = read_plain(path)
+    try:
+        return _result(data)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         told = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{path} is no result of the bench: {told}.") from error
 
 
-def _result(data: Any) -> Result:  # noqa: ANN401  any JSON value
-    if not isinstance(data, dict):
-        raise TypeError("it is not a JSON object")
+def _result(data: Mapping[str, Any]) -> Result:
     if data["bench"] not in KINDS:
         raise ValueError(f"it is of the bench {data['bench']!r}; results of {' and '.join(KINDS)} with cells can be shown")
     if data["format"] != FORMAT:

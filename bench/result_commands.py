@@ -9,13 +9,13 @@ import typer
 
 from edgeguard.bench import accuracy_page
 from edgeguard.bench.accuracy_result import BENCH as ACCURACY
-from edgeguard.bench.accuracy_result import read_accuracy, read_plain
+from edgeguard.bench.accuracy_result import read_accuracy
 from edgeguard.bench.compare import compare as compare_results
 from edgeguard.bench.compare import compare_report
 from edgeguard.bench.headline import headline_picture
 from edgeguard.bench.page import page
 from edgeguard.bench.report import show
-from edgeguard.bench.result import read_result
+from edgeguard.bench.result import read_plain, read_result
 from edgeguard.cli.console import warn, write, write_json
 from edgeguard.cli.status import ERROR
 from edgeguard.errors import InputError

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -81,49 +81,51 @@ Made = Iterator[tuple[str, Callable[[], Product], int]]
 Runtime = tuple[str, Callable[[int, int, int], Made]]
 
 
-def _onnxruntime(threads: int, kind: str) -> Runtime:
-    import numpy as np
+def _products(threads: int, nodes: Sequence[Any], constants: Mapping[str, Any], value: Any, n: int) -> Product:  # noqa: ANN401
+    """Nodes that multiply `x` (M, K) to (M, `n`) each, in one session of ONNX Runtime: a call runs them all on `value`."""
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
-    def session(node: Any, given: tuple[str, int, tuple[int, int]], constants: Mapping[str, Any], n: int) -> Any:  # noqa: ANN401
-        name, type_, size = given
-        graph = helper.make_graph(
-            [node], "gemm", [helper.make_tensor_value_info(name, type_, size)],
-            [helper.make_tensor_value_info("y", TensorProto.FLOAT, (size[0], n))],
-            [numpy_helper.from_array(value, key) for key, value in constants.items()],
-        )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)])
-        model.ir_version = 10
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    graph = helper.make_graph(
+        nodes, "gemm", [helper.make_tensor_value_info("x", helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)],
+        [helper.make_tensor_value_info(node.output[0], TensorProto.FLOAT, (len(value), n)) for node in nodes],
+        [numpy_helper.from_array(each, key) for key, each in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)])
+    model.ir_version = 10
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return lambda: session.run(None, {"x": value})
+
+
+def _onnxruntime(threads: int, kind: str) -> Runtime:
+    import numpy as np
+    import onnxruntime
+    from onnx import helper
 
     def products(m: int, k: int, n: int) -> Made:
         random = np.random.default_rng(0)
         scales = np.full(n, 0.01, np.float32)
-
-        def running(made: Any, value: Any) -> Product:  # noqa: ANN401
-            return lambda: made.run(None, {"x": value})
 
         def integers() -> Product:
             weights = random.integers(-127, 128, (k, n)).astype(np.int8)
             constants = {"w": weights, "xs": np.float32(0.01), "ws": scales, "xz": np.uint8(128)}
             node = helper.make_node("MatMulIntegerToFloat", ["x", "w", "xs", "ws", "xz"], ["y"], domain="com.microsoft")
             value = random.integers(0, 256, (m, k)).astype(np.uint8)
-            return running(session(node, ("x", TensorProto.UINT8, (m, k)), constants, n), value)
+            return _products(threads, [node], constants, value, n)
 
         def dynamic() -> Product:
             weights = random.integers(-127, 128, (k, n)).astype(np.int8)
             node = helper.make_node("DynamicQuantizeMatMul", ["x", "w", "ws"], ["y"], domain="com.microsoft")
             value = random.standard_normal((m, k)).astype(np.float32)
-            return running(session(node, ("x", TensorProto.FLOAT, (m, k)), {"w": weights, "ws": scales}, n), value)
+            return _products(threads, [node], {"w": weights, "ws": scales}, value, n)
 
         def floats() -> Product:
             weights = random.standard_normal((k, n)).astype(np.float32)
             node = helper.make_node("MatMul", ["x", "w"], ["y"])
             value = random.standard_normal((m, k)).astype(np.float32)
-            return running(session(node, ("x", TensorProto.FLOAT, (m, k)), {"w": weights}, n), value)
+            return _products(threads, [node], {"w": weights}, value, n)
 
         if kind == "float":
             yield "MatMul", floats, 1
@@ -137,7 +139,7 @@ def _streamed(threads: int) -> Runtime:
     """Products with a matrix that no cache holds any more, as in a forward pass, which reads every weight once."""
     import numpy as np
     import onnxruntime
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import helper
 
     def products(m: int, k: int, n: int) -> Made:
         count = -(-READ_BYTES // (k * n))
@@ -146,20 +148,10 @@ def _streamed(threads: int) -> Runtime:
             base = np.random.default_rng(0).integers(-127, 128, (k, n)).astype(np.int8)
             constants = {"xs": np.float32(0.01), "ws": np.full(n, 0.01, np.float32), "xz": np.uint8(128),
                          **{f"w{place}": np.roll(base, place) for place in range(count)}}
-            graph = helper.make_graph(
-                [helper.make_node("MatMulIntegerToFloat", ["x", f"w{place}", "xs", "ws", "xz"], [f"y{place}"], domain="com.microsoft")
-                 for place in range(count)],
-                "gemms", [helper.make_tensor_value_info("x", TensorProto.UINT8, (m, k))],
-                [helper.make_tensor_value_info(f"y{place}", TensorProto.FLOAT, (m, n)) for place in range(count)],
-                [numpy_helper.from_array(value, key) for key, value in constants.items()],
-            )
-            model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)])
-            model.ir_version = 10
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads = threads
-            session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-            given = {"x": np.random.default_rng(1).integers(0, 256, (m, k)).astype(np.uint8)}
-            return lambda: session.run(None, given)
+            nodes = [helper.make_node("MatMulIntegerToFloat", ["x", f"w{place}", "xs", "ws", "xz"], [f"y{place}"], domain="com.microsoft")
+                     for place in range(count)]
+            value = np.random.default_rng(1).integers(0, 256, (m, k)).astype(np.uint8)
+            return _products(threads, nodes, constants, value, n)
 
         yield "MatMulIntegerToFloat, weights from memory", integers, count
 
