@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models" / "recipe"))
 
+from row_file import write
 from synthetic import augment as changes
 from synthetic.hard_pairs import hard_pairs
 from synthetic.languages import languages
 from synthetic.responses import responses
-from synthetic.rows import distinct, row, user, write
+from synthetic.rows import distinct, row, user
 from synthetic.tables import Draft, english, pairs, render, scenes, words
 
 RECIPE = Path(__file__).parents[1] / "models" / "recipe"

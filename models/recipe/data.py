@@ -7,15 +7,14 @@ passed on, written from a larger corpus by `python models/recipe/data.py CORPUS 
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from row_file import rows, write
 from tokenizers import Tokenizer
 
 LICENSES = {"MIT", "Apache-2.0", "CC0-1.0", "CC-BY-3.0", "CC-BY-4.0", "ODC-BY-1.0"}
@@ -34,11 +33,6 @@ class Example:
     """Index of the answer's first token."""
     weights: list[float]
     """Loss weight of each answer token."""
-
-
-def rows(path: Path) -> Iterator[dict[str, Any]]:
-    with gzip.open(path, "rt", encoding="utf-8") as lines:
-        yield from (json.loads(line) for line in lines)
 
 
 def free_license(row: dict[str, Any]) -> bool:
@@ -93,8 +87,7 @@ def select(corpus: Path, out: Path) -> None:
     """Writes the freely licensed rows of a corpus; the same input gives the same bytes."""
     out.mkdir(parents=True, exist_ok=True)
     for name in ("train.jsonl.gz", "val.jsonl.gz"):
-        kept = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows(corpus / name) if free_license(row))
-        (out / name).write_bytes(gzip.compress("".join(kept).encode(), mtime=0))
+        write(out / name, (row for row in rows(corpus / name) if free_license(row)))
 
 
 if __name__ == "__main__":

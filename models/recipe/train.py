@@ -20,7 +20,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from base import IM_END, write_base
-from data import Example, encode, free_license, gather, rows, unit
+from data import Example, encode, free_license, gather, unit
+from row_file import rows
 from synthetic.augment import augment
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM

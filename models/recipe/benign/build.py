@@ -6,10 +6,8 @@ DIR of the sources holds one bare git directory for each repository in sources.y
 from __future__ import annotations
 
 import argparse
-import gzip
 import hashlib
 import io
-import json
 import random
 import re
 import subprocess
@@ -22,10 +20,11 @@ from typing import Any
 import yaml
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 from filters import SCARY, in_language, masked, passes  # noqa: E402
 from grammar import written  # noqa: E402
 from readers import READERS, Document, tagged_zip  # noqa: E402
+from row_file import write  # noqa: E402
 
 SEED = 4
 LENGTHS = ((40, 200, 0.25), (200, 600, 0.45), (600, 1200, 0.25), (1200, 3000, 0.05))
@@ -167,13 +166,6 @@ def row(source: str, license_name: str, register: str, text: str, origin: str, c
 def runs(text: str, size: int = SHARED_RUN) -> set[str]:
     words = re.findall(r"\w+", text.lower())
     return {" ".join(words[at:at + size]) for at in range(len(words) - size + 1)}
-
-
-def write(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    text = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in rows)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(gzip.compress(text.encode(), mtime=0))
-    partial.replace(path)
 
 
 def text_of(item: dict[str, Any]) -> str:

@@ -9,10 +9,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from row_file import write
+
 from synthetic.hard_pairs import hard_pairs
 from synthetic.languages import languages
 from synthetic.responses import responses
-from synthetic.rows import Row, plain, write
+from synthetic.rows import Row, plain
 
 KINDS = {"hard-pairs": hard_pairs, "responses": responses, "languages": languages}
 

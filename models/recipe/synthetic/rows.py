@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
@@ -46,11 +44,3 @@ def distinct(rows: Iterable[Row]) -> list[Row]:
         if first["label"] != one["label"]:
             raise ValueError(f"{first['kind']} and {one['kind']} give the same message with different labels: {first['frame']!r}")
     return list(seen.values())
-
-
-def write(path: Path, rows: Iterable[Row]) -> None:
-    """JSON lines in gzip; the same rows give the same bytes."""
-    text = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in rows)
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(gzip.compress(text.encode(), mtime=0))
-    partial.replace(path)
