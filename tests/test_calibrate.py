@@ -252,6 +252,14 @@ class TestArtifact:
         with Guard.load(model) as guard:
             assert guard.calibration == after.manifest.calibration
 
+    def test_a_calibration_of_the_users_own_that_hides_it_is_named(self, model: Path, rows: Path, home: Path, capsys: Any) -> None:
+        assert run(capsys, rows, "--model", model, "--artifact")["shadowed"] is None
+        own = run(capsys, rows, "--model", model)
+        assert own["shadowed"] is None
+        assert run(capsys, rows, "--model", model, "--artifact")["shadowed"] == own["stored"]
+        assert main(["calibrate", str(rows), "--model", str(model), "--artifact"]) == 0
+        assert "is yours and counts first" in capsys.readouterr().out
+
     def test_folders_that_cannot_be_written(self, model: Path, rows: Path, opened: list[str], capsys: Any,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(os, "access", lambda place, *_: place != model)

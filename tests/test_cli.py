@@ -7,6 +7,7 @@ import json
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -300,6 +301,13 @@ class TestDoctor:
         assert all(probe["check_ms"] > 0 and probe["checks"] > 1 for probe in found["probes"])
         assert main(["doctor", "--no-probe"]) == 0
         assert "all well" in capsys.readouterr().out
+
+    def test_kernels_that_a_backend_does_without_are_told(self, mini: Path, loaded: list[FakeGuard], capsys: Any,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(doctor, "PROBE_SECONDS", 0.02)
+        monkeypatch.setattr(FakeGuard, "backend_info", replace(FakeGuard.backend_info, kernel="without AMX"))
+        assert main(["doctor"]) == 0
+        assert "; without AMX" in " ".join(capsys.readouterr().out.split())
 
     def test_a_backend_that_fails_is_a_problem(self, mini: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         def load(*given: Any, **options: Any) -> None:

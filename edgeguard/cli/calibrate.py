@@ -66,6 +66,7 @@ def calibrate(
         if not dry_run:
             _check_use(result)
         result["stored"] = None if dry_run else str(place.keep(Calibration.from_dict(result["calibration"])))
+        result["shadowed"] = place.shadowed()
     if as_json:
         write_json(result)
     else:
@@ -121,6 +122,11 @@ class _Place:
         if store.digest(now) != store.digest(self.model):
             raise ModelFileError(f"{self.model.folder} was changed while its scores were measured; nothing was written.")
         return replace(now.manifest, calibration=fitted).write(now.folder)
+
+    def shadowed(self) -> str | None:
+        """Where a calibration of this user's lies that counts before the one in the manifest."""
+        path = store.calibration_path(store.digest(self.model), self.profile)
+        return str(path) if self.artifact and path.exists() else None
 
 
 def measure(choice: loading.Choice, rows: Path, wish: Wish | None, *, device: str = "auto", threads: int | None = None,
@@ -185,7 +191,8 @@ def report(result: dict[str, Any]) -> list[Text]:
         *((title, f"{_shown(before, name):<{COLUMN}}{_shown(after, name)}") for name, title in SHOWN.items()),
     ]
     kept = ("  stored  ", "green") if result["stored"] else ("  dry run  ", "yellow")
-    return [*facts(pairs), line(kept, result["stored"] or "nothing was stored")]
+    shadowed = [line(("  note  ", "yellow"), f"{result['shadowed']} is yours and counts first on this machine; --forget removes it")]
+    return [*facts(pairs), line(kept, result["stored"] or "nothing was stored"), *(shadowed if result["shadowed"] else [])]
 
 
 def _shown(values: dict[str, Any], name: str) -> str:
