@@ -15,10 +15,13 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models" / "recipe"))
 
 from row_file import write
 from synthetic import augment as changes
+from synthetic.chat import chat
 from synthetic.hard_pairs import hard_pairs
 from synthetic.languages import languages
+from synthetic.model_replies import model_replies
 from synthetic.responses import responses
 from synthetic.rows import distinct, row, user
+from synthetic.statements import statements
 from synthetic.tables import Draft, english, pairs, render, scenes, words
 
 RECIPE = Path(__file__).parents[1] / "models" / "recipe"
@@ -28,7 +31,8 @@ CODES = {f"S{number}" for number in range(1, 12)}
 
 @pytest.fixture(scope="module")
 def made() -> dict[str, list[Row]]:
-    return {"pairs": hard_pairs(1), "responses": responses(1), "languages": languages(1)}
+    return {"pairs": hard_pairs(1), "responses": responses(1), "languages": languages(1), "statements": statements(1), "chat": chat(1),
+            "replies": model_replies(1)}
 
 
 def table(tmp_path: Path, text: str) -> list[Draft]:
@@ -56,8 +60,8 @@ def test_rows_are_valid_and_distinct(made: dict[str, list[Row]]) -> None:
 
 
 def test_no_slot_or_choice_is_left_over(made: dict[str, list[Row]]) -> None:
-    for rows in made.values():
-        for one in rows:
+    for name, rows in made.items():
+        for one in rows if name != "chat" else ():  # code that people paste has braces and bars of its own
             text = " ".join(message["content"] for message in one["messages"])
             assert not any(f"{{{name}}}" in text for name in ("x", "y", "z", "group", "person", "told", "refusal"))
             assert "|" not in text, text
@@ -87,6 +91,21 @@ def test_a_form_of_reply_alone_does_not_tell_the_label(made: dict[str, list[Row]
         assert {(name, "safe"), (name, "unsafe")} <= kinds
     for name in ("refusal", "redirect", "redirect-only", "off-topic", "caring"):
         assert (name, "unsafe") not in kinds
+
+
+@pytest.mark.parametrize(("name", "least", "frames", "safe"), [("statements", 2500, 600, 0.55), ("chat", 3000, 700, 0.75),
+                                                              ("replies", 2500, 500, 0.5)])
+def test_rows_of_other_registers(made: dict[str, list[Row]], name: str, least: int, frames: int, safe: float) -> None:
+    rows = made[name]
+    assert len(rows) >= least and len({one["frame"] for one in rows}) >= frames
+    assert abs(sum(one["label"] == "safe" for one in rows) / len(rows) - safe) < 0.05
+    assert {one["role"] for one in rows} == ({"assistant"} if name == "replies" else {"user"})
+
+
+def test_words_that_replies_begin_with_do_not_tell_the_label(made: dict[str, list[Row]]) -> None:
+    for opening in ("Sure", "I'm sorry", "As an AI", "Of course"):
+        found = Counter(one["label"] for one in made["replies"] if one["messages"][-1]["content"].startswith(opening))
+        assert min(found["safe"], found["unsafe"]) > 15, opening
 
 
 def test_claims_stand_around_both_labels(made: dict[str, list[Row]]) -> None:
@@ -184,7 +203,7 @@ def test_each_change_does_something_to_an_ordinary_row() -> None:
 def test_the_command_writes_the_rows_of_its_seed(tmp_path: Path, made: dict[str, list[Row]]) -> None:
     command = [sys.executable, str(RECIPE / "synthetic" / "build.py"), "--seed", "1", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    for name, rows in zip(("hard-pairs", "responses", "languages"), made.values(), strict=True):
+    for name, rows in zip(("hard-pairs", "responses", "languages", "statements", "chat", "model-replies"), made.values(), strict=True):
         assert f"{name}: {len(rows)} rows" in done.stdout
         write(tmp_path / "here.jsonl.gz", rows)
         assert (tmp_path / "out" / f"{name}.jsonl.gz").read_bytes() == (tmp_path / "here.jsonl.gz").read_bytes()

@@ -11,12 +11,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from row_file import write
 
+from synthetic.chat import chat
 from synthetic.hard_pairs import hard_pairs
 from synthetic.languages import languages
+from synthetic.model_replies import model_replies
 from synthetic.responses import responses
 from synthetic.rows import Row, plain
+from synthetic.statements import statements
 
-KINDS = {"hard-pairs": hard_pairs, "responses": responses, "languages": languages}
+KINDS = {"hard-pairs": hard_pairs, "responses": responses, "languages": languages, "statements": statements, "chat": chat,
+         "model-replies": model_replies}
 
 
 def report(name: str, rows: list[Row]) -> str:
@@ -39,7 +43,7 @@ def report(name: str, rows: list[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the three .jsonl.gz files")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the .jsonl.gz files")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
