@@ -77,6 +77,7 @@ def guard(model: Measured, label: str, level: str, setting: Setting, **options: 
     backend = BACKENDS[artifact.kind]
     chosen = {"backend": backend, "device": setting.device, "level": level, **options}
     name = f"edgeguard {backend} {artifact.manifest.precision}"
+    name += ", weights mapped as packed" if "packed" in options else ""
     name += ", nothing kept" if level == "L1" else ", prefix evaluated" if options.get("prefix") == "evaluate" else ""
     program = Program(name, (sys.executable, str(WORKERS / "guard.py")), str(artifact.folder), setting.threads, chosen)
     return Contender(f"ladder/{level}/{label}", program, artifact.manifest.precision, artifact.size, keeps=level != "L1")

@@ -17,7 +17,6 @@ from edgeguard.bench.estimate import Guess
 from edgeguard.bench.lengths import Length
 from edgeguard.bench.prompts import Prompts
 from edgeguard.bench.rows import Data
-from edgeguard.bench.starts import Pair
 from edgeguard.bench.visits import Stream
 
 
@@ -94,7 +93,6 @@ def plan(suite: Suite, model: Measured, setting: Setting, prompts: Prompts, gues
     random = model.random
     labels = [label for kind in CARRIERS if (label := model.label(kind))]
     carriers = [guard(model, label, "L2", setting) for label in labels]
-    pairs = [Pair(guard(model, label, "L2", setting), guard(model, label, "L2", setting, prefix="evaluate")) for label in labels]
     everyone = [*contenders.ladder(model, setting), *peers.contenders]
     rows = len(prompts.items("safe", visits.TOKENS, 0, 1)[0]["ids"]) - prompts.prefix
     interleaved = [
@@ -104,7 +102,7 @@ def plan(suite: Suite, model: Measured, setting: Setting, prompts: Prompts, gues
     alone = [
         *lengths.steps(carriers, suite.lengths, prompts, guess, logs, random=random),
         *packed.steps(carriers[: suite.packed], suite.packs, suite.turns, prompts, guess, logs, random=random),
-        *starts.steps(pairs, suite.starts, prompts, guess, logs),
+        *starts.steps(starts.pairs(labels, model, setting, folder), suite.starts, prompts, guess, logs),
         *([] if random else fidelity.steps(model, data, setting, guess, folder, logs)),
     ]
     return Plan((*interleaved, *sorted(alone, key=lambda step: step.seconds)), guess)

@@ -323,14 +323,15 @@ def test_targets_by_hand() -> None:
         "ladder/L0/gguf-q4_k_m/23/first": 24, "ladder/L0/gguf-q4_k_m/23/safe": 9, "ladder/L2/gguf-q4_k_m/23/safe": 8,
         "ladder/L3/onnx/23/safe": 2, "ladder/L3/llama/23/safe": 8, "peers/onnxruntime-genai/23/safe": None,
         "length/onnx-int8/23/safe": 2, "length/onnx-int8/23/unsafe": 3.5, "packed/onnx-int8/16": 2, "packed/onnx-int8/1": 2,
+        "cold/onnx-int8-mapped/stored": 3, "cold/onnx-int8-mapped/evaluated": 4,
         "cold/onnx-int8/stored": 6, "cold/onnx-int8/evaluated": 8, "memory/ladder-L2-onnx-int8/load": 900,
         "memory/ladder-L2-onnx-int8/steady": 1200, "memory/onnx-int8/peak-8000": 2**30, "memory/gguf-q4_k_m/peak-8000": 4 * 2**30,
     })  # fmt: skip
     found = targets.judge(given, "8B")
     values = {row["what"].removeprefix("8B").lstrip(", :"): (row["got"], row["met"]) for row in found if "mini" not in row["what"]}
     assert list(values.values()) == [
-        (12, True), (4.5, True), (4, None), (None, None), (1.25, True), (None, None), (1.75, False), (1, True), (0.75, True), (1.2, False),
-        (4, False),
+        (12, True), (4.5, True), (4, None), (None, None), (1.25, True), (None, None), (1.75, False), (1, True), (0.75, True), (0.75, None),
+        (1.2, False), (4, False),
     ]  # fmt: skip
     by_what = {row["what"]: row for row in found}
     genai = next(row for what, row in by_what.items() if "genai" in what)
@@ -398,6 +399,7 @@ def test_a_whole_run_from_the_command_line(scripted: Path, tmp_path: Path, capsy
     assert found["ladder/L3/onnx/23/safe"].p50 == found["packed/onnx-int8/16"].p50 == 0.5
     assert found["length/gguf-q8_0/8000/safe"].params["tokens"] == 8000 and found["memory/onnx-int8/peak-8000"].p50 is not None
     assert found["cold/onnx-int8/stored"].samples and found["cold/gguf-q8_0/evaluated"].samples
+    assert found["cold/onnx-int8-mapped/stored"].samples and "cold/gguf-q8_0-mapped/stored" not in found
     assert found["ceiling/read"].p50 == found["ceiling/int8/torch/down"].p50 == 200
     assert "no such runtime" in (found["ceiling/int8/openvino/down"].reason or "")
     # the packaged mini has no float artifact, so the most exact one is the GGUF of 8 bits

@@ -22,15 +22,19 @@ from edgeguard.prompt import render
 
 
 class GuardEngine:
-    """Options: `backend`, `device`, `level` ("L1" keeps no prefix), `prefix` ("evaluate" does not restore a stored one)."""
+    """Options: `backend`, `device`, `level` ("L1" keeps no prefix), `prefix` ("evaluate" does not restore a stored one), `packed`.
+
+    `packed` is a folder for ONNX weights in the form that is mapped at load; where it holds none, the form is made first.
+    """
 
     def load(self, model: str, threads: int, options: Mapping[str, Any]) -> Mapping[str, Any]:
         """A guard, or its parts for level L1."""
         given: str | Backend = options.get("backend", "auto")
         device = options.get("device", "cpu")
         self._whole = options.get("level") == "L1"
-        if self._whole or options.get("prefix") == "evaluate":
-            given = _without_prefixes(model, str(given), device, threads)
+        evaluate, packed = self._whole or options.get("prefix") == "evaluate", options.get("packed")
+        if evaluate or packed:
+            given = _opened(model, str(given), device, threads, evaluate, Path(packed) if packed else None)
         self._parts = load_parts(model, backend=given, device=device, threads=threads)
         parts = self._parts
         self._guard = Guard(parts.backend, parts.tokenizer, parts.profile, parts.identity)
@@ -93,15 +97,18 @@ def facts(parts: Parts, model: str) -> dict[str, Any]:
     }
 
 
-def _without_prefixes(model: str, backend: str, device: str, threads: int) -> Backend:
-    """The same artifact, opened so that its prefixes are evaluated and no cache is asked."""
+def _opened(model: str, backend: str, device: str, threads: int, evaluate: bool, packed: Path | None) -> Backend:
+    """An artifact opened in a way of its own: its prefixes evaluated and no cache asked, or its packed weights mapped."""
     found = store.resolve(model, ("onnx",) if backend == "onnx" else ("gguf",))
     if not isinstance(found, store.Artifact):
         raise ValueError(f"{Path(model).name} has no manifest, so it stores no prefix that could be left out")
     if backend == "onnx":
-        from edgeguard.backends.onnx import OnnxBackend
+        from edgeguard.backends import onnx, onnx_session, prepacked
 
-        return OnnxBackend(replace(found, manifest=replace(found.manifest, prefixes=())), device=device, threads=threads)
+        if packed and prepacked.find(found, packed, onnx_session.build()) is None:
+            onnx.make_prepacked(found, packed)
+        artifact = replace(found, manifest=replace(found.manifest, prefixes=())) if evaluate else found
+        return onnx.OnnxBackend(artifact, device=device, threads=threads, prepacked=packed)
     from edgeguard.backends.llama import LlamaBackend
 
     return LlamaBackend(found.weights, device=device, threads=threads)
