@@ -44,7 +44,7 @@ def make_artifact(folder: Path, kind: Any = "onnx", name: str = "test") -> Artif
 
 def own_mini(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A built-in model of a few bytes."""
-    folder = tmp_path / "models" / "mini"
+    folder = tmp_path / "models" / catalogue.BUILT_IN_FOLDER
     for kind in ("onnx", "gguf"):
         make_artifact(folder / kind, kind, "mini")
     spec = types.SimpleNamespace(submodule_search_locations=[str(folder.parent)])

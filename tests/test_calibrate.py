@@ -23,7 +23,7 @@ from edgeguard.errors import InputError, ModelFileError, StoreError
 from edgeguard.store import Artifact, Manifest
 from edgeguard.tokenizer import JsonTokenizer
 
-TOKENIZER = Path(__file__).parents[1] / "models" / "mini" / "onnx" / "tokenizer.json"
+TOKENIZER = store.built_in_folder() / "onnx" / "tokenizer.json"
 SHIPPED = Calibration(0.5, 0.25, 0.375, "cd" * 32, 900)
 PROFILE = "edgeguard-mini"
 SECRET = "xyzzy-secret"

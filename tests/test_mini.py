@@ -49,7 +49,7 @@ def rows(count: int, longest: int = 200) -> list[dict[str, Any]]:
 def test_harmless_texts_are_safe_on_both(onnx: Guard, llama: Guard, text: str) -> None:
     one, other = onnx.check(text), llama.check(text)
     assert (one.verdict, other.verdict, one.raw) == ("safe", "safe", "safe")
-    assert abs(one.score - other.score) < 0.05
+    assert abs(one.raw_score - other.raw_score) < 0.05
 
 
 @pytest.mark.parametrize("text", UNSAFE)
@@ -58,19 +58,22 @@ def test_plainly_unsafe_texts_are_unsafe_with_a_code_on_both(onnx: Guard, llama:
     assert (one.verdict, other.verdict) == ("unsafe", "unsafe")
     assert one.codes and other.codes
     # int8 activations have one scale a token in ONNX and one for 32 numbers in llama.cpp: they part where the model is unsure
-    assert abs(one.score - other.score) < (0.05 if text == UNSAFE[0] else 0.12)
+    assert abs(one.raw_score - other.raw_score) < (0.05 if text == UNSAFE[0] else 0.12)
 
 
 def test_both_artifacts_are_the_masters() -> None:
-    """The GGUF holds its rows at 8 bits; the ONNX graph its embedding at 16, and layers whose outliers were smoothed before."""
+    """The GGUF holds its rows at 8 bits; outliers were smoothed into the norm before a layer, so that their product is the master's."""
     from edgeguard.convert.gguf_source import GgufWeights
-    from edgeguard.convert.quantize import int8_rows
     from edgeguard.weights import SafetensorsWeights
 
     master = SafetensorsWeights(store.built_in_folder() / "master")
     gguf, onnx = store.resolve(None, ("gguf",)), store.resolve(None, ("onnx",))
-    for name in ("model.layers.0.self_attn.k_proj.weight", "model.layers.9.mlp.down_proj.weight", "model.embed_tokens.weight"):
-        np.testing.assert_array_equal(GgufWeights(gguf.weights).tensor(name), int8_rows(name, master.tensor(name)).dequantised())
+    held = GgufWeights(gguf.weights)
+    for layer, norm in (("layers.0.self_attn.k_proj", "layers.0.input_layernorm"),
+                        ("layers.9.mlp.gate_proj", "layers.9.post_attention_layernorm"), ("embed_tokens", "")):
+        found, wanted = (source.tensor(f"model.{layer}.weight").astype(np.float32)
+                         * (source.tensor(f"model.{norm}.weight").astype(np.float32) if norm else 1) for source in (held, master))
+        assert 0 < np.abs(found - wanted).mean() < 0.01 * np.abs(wanted).mean(), layer
     stored = (onnx.folder / "model.onnx.data").read_bytes()
     assert master.tensor("model.embed_tokens.weight").astype(np.float16).tobytes() in stored
     assert isinstance(onnx, store.Artifact)
@@ -81,7 +84,7 @@ def test_both_artifacts_are_the_masters() -> None:
 def test_formats_agree_on_validation_rows(onnx: Guard, llama: Guard) -> None:
     texts = [row["messages"] for row in rows(96)]
     one, other = list(onnx.check_many(texts)), list(llama.check_many(texts))
-    drift = np.array([abs(a.score - b.score) for a, b in zip(one, other, strict=True)])
+    drift = np.array([abs(a.raw_score - b.raw_score) for a, b in zip(one, other, strict=True)])
     assert np.median(drift) < 0.01 and np.mean(drift) < 0.02
     assert sum(a.verdict != b.verdict for a, b in zip(one, other, strict=True)) <= 3
 
@@ -128,10 +131,11 @@ def greedy(guard: Guard, conversations: list[Any], steps: int = 12) -> list[tupl
     return [(tokenizer.decode(tokens), margin) for tokens, margin in zip(said, margins, strict=True)]
 
 
-def test_codes_equal_unconstrained_greedy_decoding_on_1000_texts(llama: Guard) -> None:
+def test_codes_equal_unconstrained_greedy_decoding_on_1000_texts() -> None:
     conversations = [row["messages"] for row in rows(1000, 160)]
-    verdicts: list[Verdict] = list(llama.check_many(conversations, batch=24))
-    free = [said for start in range(0, 1000, 24) for said in greedy(llama, conversations[start : start + 24])]
+    with Guard.load(backend="llama", calibration="none") as llama:  # a calibrated threshold is not where the model's two words tie
+        verdicts: list[Verdict] = list(llama.check_many(conversations, batch=24))
+        free = [said for start in range(0, 1000, 24) for said in greedy(llama, conversations[start : start + 24])]
     assert len(verdicts) == len(free) == 1000
     compared = 0
     for verdict, (said, margin) in zip(verdicts, free, strict=True):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from edgeguard import store
 from edgeguard.errors import ModelFileError, ModelNotFoundError, StoreError
-from edgeguard.store import BareModel, FileRecord, Manifest
+from edgeguard.store import BareModel, FileRecord, Manifest, catalogue
 from edgeguard.store.files import Seen, locked
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
@@ -129,7 +129,7 @@ class TestResolve:
 
     def test_the_real_package_holds_the_built_in_folder_or_says_so(self) -> None:
         try:
-            assert store.built_in_folder().name == "mini"
+            assert store.built_in_folder().name == catalogue.BUILT_IN_FOLDER
         except ModelNotFoundError as error:
             assert "Install edgeguard again" in str(error)
 

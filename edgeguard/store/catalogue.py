@@ -20,6 +20,8 @@ from edgeguard.store.files import Progress, Seen, check
 from edgeguard.store.manifest import MANIFEST, Artifact
 
 BUILT_IN = "mini"
+BUILT_IN_FOLDER = "mini-2"
+"""Weights of another training lie in a folder of another name."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
@@ -86,15 +88,15 @@ def offline() -> bool:
     return any(value not in ("", "0", "false", "no", "off") for value in asked)
 
 
-def built_in_folder(name: str = BUILT_IN) -> Path:
-    """Of a model that came with the package, from a checkout or a wheel alike; raises `ModelNotFoundError`."""
+def built_in_folder() -> Path:
+    """Of the model that came with the package, from a checkout or a wheel alike; raises `ModelNotFoundError`."""
     spec = importlib.util.find_spec("edgeguard.models")
     installed = spec.submodule_search_locations if spec else None
     # started in a checkout, Python takes the package from there, and the models stand beside it
     for place in (*(installed or ()), Path(edgeguard.__file__).parents[1] / "models"):
-        if (folder := Path(place) / name).is_dir():
+        if (folder := Path(place) / BUILT_IN_FOLDER).is_dir():
             return folder
-    raise ModelNotFoundError(f"The built-in model {name!r} is not part of this installation. Install edgeguard again.")
+    raise ModelNotFoundError("The built-in model is not part of this installation. Install edgeguard again.")
 
 
 def models() -> list[Entry]:
