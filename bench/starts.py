@@ -39,8 +39,9 @@ def pairs(labels: Sequence[str], model: Measured, setting: Setting, folder: Path
         if label.startswith("onnx") and setting.device == "cpu":
             ways.append((f"{label}-mapped", {"packed": str(folder / "packed")}))
         for key, options in ways:
-            both = [guard(model, label, "L2", setting, **options, **more) for more in ({}, {"prefix": "evaluate"})]
-            made.append(Pair(key, *both, packed=Path(options["packed"]) if options else None))
+            stored = guard(model, label, "L2", setting, **options)
+            evaluated = guard(model, label, "L2", setting, prefix="evaluate", **options)
+            made.append(Pair(key, stored, evaluated, Path(options["packed"]) if options else None))
     return made
 
 
