@@ -221,7 +221,9 @@ def test_another_source_gets_another_place(tmp_path: Path) -> None:
 
 
 def test_a_gguf_is_given_its_type_and_is_else_the_same(tmp_path: Path, mini: Measured) -> None:
-    origin, copy = mini.found["gguf-q8_0"].weights, tmp_path / "copy.gguf"
+    origin, copy = tmp_path / "origin.gguf", tmp_path / "copy.gguf"
+    whole = mini.found["gguf-q8_0"].weights.read_bytes()
+    origin.write_bytes(whole.replace(b"general.file_type", b"general.file_sort", 1))
     peers._with_type(origin, copy)
     before, after = check_gguf(origin), check_gguf(copy)
     assert after.metadata["general.file_type"] == 7 and after.precision == "q8_0"
