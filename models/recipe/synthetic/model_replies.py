@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from synthetic.responses import capital
 from synthetic.rows import Row, assistant, distinct, row, user
 from synthetic.tables import SECOND, Draft, Words, english, fill, pairs, render, scenes, spoken, words
 
@@ -67,11 +68,6 @@ def worded(form: str, body: str, reason: str, lists: Words, rng: random.Random) 
     text = fill(re.sub(r"\{(body|list|paras)\}", r"@\1", form.replace("{reason}", reason)), lists, rng)
     text = text.replace("@body", " ".join(parts)).replace("@list", steps(parts, rng)).replace("@paras", "\n\n".join(parts))
     return english(capital(re.sub(r"\n +", "\n", text)))
-
-
-def capital(text: str) -> str:
-    """The text with a capital at its beginning."""
-    return text[:1].upper() + text[1:]
 
 
 def forms(all_forms: tuple[str, ...], count: int, rng: random.Random) -> list[str]:
