@@ -20,13 +20,11 @@ from edgeguard.bench.driver import WORKERS, Program
 from edgeguard.bench.environments import GENAI, OWN, Environment, Run, Told
 from edgeguard.bench.suite import Peers
 from edgeguard.errors import EdgeGuardError, InputError, ModelMemoryError, ModelNotFoundError, StoreError
-from edgeguard.gguf_check import FILE_TYPES, check_gguf
 from edgeguard.store.catalogue import cache_folder
 
 CONTEXT = 8192  # tokens, as a guard model's caller sets
 BASE = 0.7e9  # bytes of a process before any weight
-COPY = 1 << 24  # bytes
-Form = Literal["as it is", "typed gguf", "genai", "optimum"]
+Form = Literal["as it is", "genai", "optimum"]
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,8 @@ PEERS = {
              options={"reuse": "state"}),
         Peer("onnxruntime-genai-int4", "onnxruntime-genai int4, its builder's defaults, rewound to the prefix", "ort_genai.py", GENAI, "hf",
              "int4", "genai", 1.7, 8.6),
-        Peer("openvino-q8_0", "openvino-genai int8 (GGUF q8_0), prefix caching", *_OPENVINO, "q8_0", "q8_0", "typed gguf", 2.4),
-        Peer("openvino-q4_k_m", "openvino-genai GGUF q4_k_m, prefix caching", *_OPENVINO, "q4_k_m", "q4_k_m", "typed gguf", 2.4),
+        Peer("openvino-q8_0", "openvino-genai int8 (GGUF q8_0), prefix caching", *_OPENVINO, "q8_0", "q8_0", "as it is", 2.4),
+        Peer("openvino-q4_k_m", "openvino-genai GGUF q4_k_m, prefix caching", *_OPENVINO, "q4_k_m", "q4_k_m", "as it is", 2.4),
         Peer("optimum-fp32", "optimum ORTModelForCausalLM fp32", "optimum_ort.py", OWN, "hf", "fp32", "optimum", 5.5, 12.0, keeps=False),
         Peer("transformers-fp32", "transformers generate fp32", *_TRANSFORMERS, "hf", "fp32", "as it is", 4.6, keeps=False),
         Peer("kept-transformers-fp32", "transformers generate fp32, cache cut back to the prefix", *_TRANSFORMERS, "hf", "fp32",
@@ -120,12 +118,12 @@ def check_memory(peer: Peer, shape: Shape, memory: float, *, making: bool = Fals
 
 def prepared(peer: Peer, origin: Path, folder: Path) -> Path:
     """Where the peer's model lies, made or not; its name changes with the origin's files."""
-    if peer.form == "as it is" or (peer.form == "typed gguf" and _typed(origin)):
+    if peer.form == "as it is":
         return origin
     files = sorted(each for each in origin.iterdir() if each.is_file()) if origin.is_dir() else [origin]
     stamp = [[each.name, each.stat().st_size, each.stat().st_mtime_ns] for each in files]
     digest = hashlib.sha256(json.dumps([str(origin.resolve()), stamp, peer.environment.requirements]).encode()).hexdigest()[:16]
-    return folder / "models" / f"{peer.form.replace(' ', '-')}-{digest}{'.gguf' if peer.form == 'typed gguf' else ''}"
+    return folder / "models" / f"{peer.form}-{digest}"
 
 
 def prepare(peer: Peer, origin: Path, folder: Path, told: Told, execute: Run = environments.run) -> Path:
@@ -138,11 +136,8 @@ def prepare(peer: Peer, origin: Path, folder: Path, told: Told, execute: Run = e
     partial = place.with_name(place.name + ".partial")
     if partial.is_dir():
         shutil.rmtree(partial)
-    if peer.form == "typed gguf":
-        _with_type(origin, partial)
-    else:
-        command = COMMANDS[peer.form](str(peer.environment.python(folder)), str(origin), str(partial))
-        execute(command, place.with_name(place.name + ".log"))
+    command = COMMANDS[peer.form](str(peer.environment.python(folder)), str(origin), str(partial))
+    execute(command, place.with_name(place.name + ".log"))
     if not partial.exists():
         raise StoreError(f"The model of {peer.name} was not written; the tool's output is in {place.parent}.")
     partial.replace(place)
@@ -157,26 +152,6 @@ COMMANDS: Mapping[str, Callable[[str, str, str], tuple[str, ...]]] = {
                                             "--task", "text-generation-with-past", out),
 }
 """Python, origin, place to write to."""
-
-
-def _typed(path: Path) -> bool:
-    return "general.file_type" in check_gguf(path).metadata
-
-
-def _with_type(origin: Path, out: Path) -> None:
-    """A copy that says its file type, which OpenVINO's reader asks for. The format allows keys anywhere among the keys, so two are put
-    in front: together they are 64 bytes long, so that every tensor stays aligned."""
-    numbers = {name: number for number, name in FILE_TYPES.items()}
-    precision = check_gguf(origin).precision
-    if precision not in numbers:
-        raise StoreError(f"{origin} is of type {precision}, which has no number of its own.")
-    keys = b"".join(len(key).to_bytes(8, "little") + key + (4).to_bytes(4, "little") + value.to_bytes(4, "little")
-                    for key, value in ((b"general.file_type", numbers[precision]), (b"general.padding", 0)))
-    with origin.open("rb") as source_file, out.open("wb") as copy:
-        head = source_file.read(24)  # magic, version, number of tensors, number of keys
-        copy.write(head[:16] + (int.from_bytes(head[16:], "little") + 2).to_bytes(8, "little") + keys)
-        shutil.copyfileobj(source_file, copy, COPY)
-    check_gguf(out)
 
 
 def program(peer: Peer, model: Path, folder: Path, setting: Setting, context: int) -> Program:

@@ -24,7 +24,6 @@ from edgeguard.bench.environments import GENAI, OWN
 from edgeguard.bench.peers import PEERS
 from edgeguard.bench.prompts import Prompts
 from edgeguard.errors import InferenceError, InputError, ModelMemoryError, ModelNotFoundError, StoreError
-from edgeguard.gguf_check import check_gguf
 from edgeguard.guard import Guard
 
 ENVIRONMENTS = {each.name: each for each in (OWN, GENAI)}
@@ -77,7 +76,7 @@ def test_every_peer_has_a_script_and_a_way_to_its_model() -> None:
     for name, peer in PEERS.items():
         assert name == peer.name and (WORKERS / peer.script).is_file()
         assert peer.environment is ENVIRONMENTS[peer.environment.name]
-        assert peer.form in ("as it is", "typed gguf", *peers.COMMANDS)
+        assert peer.form in ("as it is", *peers.COMMANDS)
         assert peer.reads == "hf" or peer.reads == peer.precision
         assert not peer.making or peer.form in peers.COMMANDS, "memory for making belongs to what is made"
         json.dumps(dict(peer.options))
@@ -218,22 +217,6 @@ def test_another_source_gets_another_place(tmp_path: Path) -> None:
         (tmp_path / name / "config.json").write_text(name)
     places = {peers.prepared(PEERS["optimum-fp32"], tmp_path / name, tmp_path) for name in ("one", "two")}
     assert len(places) == 2
-
-
-def test_a_gguf_is_given_its_type_and_is_else_the_same(tmp_path: Path, mini: Measured) -> None:
-    origin, copy = tmp_path / "origin.gguf", tmp_path / "copy.gguf"
-    whole = mini.found["gguf-q8_0"].weights.read_bytes()
-    origin.write_bytes(whole.replace(b"general.file_type", b"general.file_sort", 1))
-    peers._with_type(origin, copy)
-    before, after = check_gguf(origin), check_gguf(copy)
-    assert after.metadata["general.file_type"] == 7 and after.precision == "q8_0"
-    assert after.shape == before.shape and list(after.tensors) == list(before.tensors)
-    with origin.open("rb") as one, copy.open("rb") as other:
-        for name in ("token_embd.weight", "blk.11.ffn_down.weight"):
-            one.seek(before.tensors[name].offset)
-            other.seek(after.tensors[name].offset)
-            assert one.read(before.tensors[name].nbytes) == other.read(after.tensors[name].nbytes)
-    assert peers.prepared(PEERS["openvino-q8_0"], copy, tmp_path) == copy, "it needs no further copy"
 
 
 def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path: Path, mini: Measured) -> None:

@@ -96,7 +96,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--more", type=Path, nargs="*", default=[], help="further files of rows to train on")
     parser.add_argument("--held", type=Path, nargs="*", default=[], help="further files of rows to measure on at the end")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--start", type=Path, help="folder of weights to go on from, such as models/mini/master; else the base model")
+    parser.add_argument("--start", type=Path, help="folder of weights to go on from, such as models/mini-2/master; else the base model")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--vocab", type=int, default=20480)
     parser.add_argument("--frozen", type=int, default=3, help="lowest layers that are not trained")
