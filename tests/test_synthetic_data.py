@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -13,12 +14,14 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models" / "recipe"))
 
+from row_file import rows as row_files
 from row_file import write
 from synthetic import augment as changes
 from synthetic.chat import chat
 from synthetic.hard_pairs import hard_pairs
 from synthetic.languages import languages
 from synthetic.model_replies import model_replies
+from synthetic.registers import registers
 from synthetic.responses import responses
 from synthetic.rows import distinct, row, user
 from synthetic.statements import statements
@@ -32,7 +35,7 @@ CODES = {f"S{number}" for number in range(1, 12)}
 @pytest.fixture(scope="module")
 def made() -> dict[str, list[Row]]:
     return {"pairs": hard_pairs(1), "responses": responses(1), "languages": languages(1), "statements": statements(1), "chat": chat(1),
-            "replies": model_replies(1)}
+            "replies": model_replies(1), "registers": registers(1)}
 
 
 def table(tmp_path: Path, text: str) -> list[Draft]:
@@ -61,7 +64,7 @@ def test_rows_are_valid_and_distinct(made: dict[str, list[Row]]) -> None:
 
 def test_no_slot_or_choice_is_left_over(made: dict[str, list[Row]]) -> None:
     for name, rows in made.items():
-        for one in rows if name != "chat" else ():  # code that people paste has braces and bars of its own
+        for one in rows if name not in ("chat", "registers") else ():  # code that people paste has braces and bars of its own
             text = " ".join(message["content"] for message in one["messages"])
             assert not any(f"{{{name}}}" in text for name in ("x", "y", "z", "group", "person", "told", "refusal"))
             assert "|" not in text, text
@@ -94,7 +97,7 @@ def test_a_form_of_reply_alone_does_not_tell_the_label(made: dict[str, list[Row]
 
 
 @pytest.mark.parametrize(("name", "least", "frames", "safe"), [("statements", 2500, 600, 0.55), ("chat", 3000, 700, 0.75),
-                                                              ("replies", 2500, 500, 0.5)])
+                                                              ("replies", 2500, 500, 0.5), ("registers", 4000, 1400, 0.55)])
 def test_rows_of_other_registers(made: dict[str, list[Row]], name: str, least: int, frames: int, safe: float) -> None:
     rows = made[name]
     assert len(rows) >= least and len({one["frame"] for one in rows}) >= frames
@@ -203,8 +206,22 @@ def test_each_change_does_something_to_an_ordinary_row() -> None:
 def test_the_command_writes_the_rows_of_its_seed(tmp_path: Path, made: dict[str, list[Row]]) -> None:
     command = [sys.executable, str(RECIPE / "synthetic" / "build.py"), "--seed", "1", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    for name, rows in zip(("hard-pairs", "responses", "languages", "statements", "chat", "model-replies"), made.values(), strict=True):
+    for name, rows in zip(("hard-pairs", "responses", "languages", "statements", "chat", "model-replies", "registers"), made.values(), strict=True):
         assert f"{name}: {len(rows)} rows" in done.stdout
         write(tmp_path / "here.jsonl.gz", rows)
         assert (tmp_path / "out" / f"{name}.jsonl.gz").read_bytes() == (tmp_path / "here.jsonl.gz").read_bytes()
     assert not list(tmp_path.glob("**/*.partial"))
+
+
+def test_texts_of_registers_are_not_those_that_are_only_measured_on(made: dict[str, list[Row]]) -> None:
+    def runs(text: str, size: int = 8) -> set[str]:
+        found = re.findall(r"\w+", text.lower())
+        return {" ".join(found[at : at + size]) for at in range(len(found) - size + 1)}
+
+    frozen = set[str]()
+    for name in ("benign-frozen", "twins-frozen"):
+        for one in row_files(RECIPE / "data" / "benign" / f"{name}.jsonl.gz"):
+            frozen |= runs(one["messages"][0]["content"])
+    assert len(frozen) > 100_000
+    shared = [one for name in ("registers", "replies") for one in made[name] if runs(one["messages"][-1]["content"]) & frozen]
+    assert len(shared) <= 2, [one["messages"][-1]["content"] for one in shared]

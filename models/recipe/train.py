@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F
 from base import IM_END, write_base
 from data import Example, encode, free_license, gather, unit
-from row_file import rows
+from measures import by_source, measures
+from row_file import rows, write
 from synthetic.augment import augment
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
@@ -69,25 +70,11 @@ def scores(model: LlamaForCausalLM, examples: list[Example], first: tuple[int, i
     return found
 
 
-def measures(said: torch.Tensor, truth: torch.Tensor) -> dict[str, float]:
-    """F1, FPR, recall at 0.5 and AUPRC; what the rows do not define is left out."""
-    unsafe, hit = int(truth.sum()), int(((said > 0.5) & truth).sum())
-    false, safe = int(((said > 0.5) & ~truth).sum()), int((~truth).sum())
-    found = {"fpr": false / safe} if safe else {}
-    if unsafe:
-        order = truth[said.argsort(descending=True)].float()
-        precision = order.cumsum(0) / torch.arange(1, len(order) + 1)
-        found |= {"f1": 2 * hit / (hit + false + unsafe), "recall": hit / unsafe, "auprc": float((precision * order).sum() / unsafe)}
-    return {name: round(value, 4) for name, value in found.items()}
-
-
-def by_source(held: list[Row], said: torch.Tensor) -> dict[str, dict[str, float]]:
-    """The measures of all rows and of each source."""
-    truth = torch.tensor([row["label"] == "unsafe" for row in held])
-    groups = {"all": list(range(len(held)))}
-    for index, row in enumerate(held):
-        groups.setdefault(row["source"], []).append(index)
-    return {name: {"rows": len(index), **measures(said[index], truth[index])} for name, index in groups.items()}
+def scored(model: LlamaForCausalLM, held: list[Row], examples: list[Example], first: tuple[int, int]) -> list[Row]:
+    """Which row it is, its label and the model's score."""
+    said = scores(model, examples, first).tolist()
+    return [{"id": row["id"], "source": row["source"], "label": row["label"], "score": round(score, 6)}
+            for row, score in zip(held, said, strict=True)]
 
 
 def arguments() -> argparse.Namespace:
@@ -102,7 +89,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--frozen", type=int, default=3, help="lowest layers that are not trained")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--augmented", type=float, default=0.3, help="share of the rows that are changed in an epoch")
-    parser.add_argument("--left-out", nargs="*", default=[], help="sources that are not trained on, but measured")
+    parser.add_argument("--left-out", nargs="*", default=[], help="sources that are not trained on, and measured as all are")
+    parser.add_argument("--part", type=float, default=1.0, help="share of all rows, for a trial")
     parser.add_argument("--tokens", type=int, default=2400, help="padded tokens a step")
     parser.add_argument("--rate", type=float, default=3e-4, help="learning rate of the top layer")
     parser.add_argument("--decay", type=float, default=0.9, help="learning rate of a layer over that of the layer above")
@@ -197,11 +185,9 @@ def main() -> None:
     torch.manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     run, log = Run(args), args.out / "log.jsonl"
-    found = gather(args.corpus, args.more, args.seed, args.left_out)
+    found = [row for row in gather(args.corpus, args.more, args.seed, args.left_out) if unit(f"part:{row['id']}", args.seed) < args.part]
     held = [row for row in rows(args.corpus / "val.jsonl.gz") if free_license(row)]
     held += [row for path in args.held for row in rows(path)]
-    if args.left_out:
-        held += [row for row in rows(args.corpus / "train.jsonl.gz") if free_license(row) and row["source"] in args.left_out]
     held_examples = [encode(row, run.tokenizer, args.seed) for row in held]
 
     def tell(line: dict[str, Any]) -> None:
@@ -224,9 +210,11 @@ def main() -> None:
                 run.save()
         run.epoch, run.step = epoch + 1, 0
         run.save()
-        tell({"epoch": epoch, "val": by_source(held, scores(run.model, held_examples, run.first))["all"]})
+        tell({"epoch": epoch, "val": measures(scored(run.model, held, held_examples, run.first))})
     run.averaged()
-    tell({"averaged": by_source(held, scores(run.model, held_examples, run.first))})
+    judged = scored(run.model, held, held_examples, run.first)
+    tell({"averaged": by_source(judged)})
+    write(args.out / "held.jsonl.gz", judged)
     run.write(args.out / "final")
 
 

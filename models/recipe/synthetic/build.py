@@ -15,12 +15,13 @@ from synthetic.chat import chat
 from synthetic.hard_pairs import hard_pairs
 from synthetic.languages import languages
 from synthetic.model_replies import model_replies
+from synthetic.registers import registers
 from synthetic.responses import responses
 from synthetic.rows import Row, plain
 from synthetic.statements import statements
 
 KINDS = {"hard-pairs": hard_pairs, "responses": responses, "languages": languages, "statements": statements, "chat": chat,
-         "model-replies": model_replies}
+         "model-replies": model_replies, "registers": registers}
 
 
 def report(name: str, rows: list[Row]) -> str:
