@@ -1,6 +1,6 @@
 """From the start of a process to its first verdict, files in the system's cache: with the stored prefix, and evaluating it first.
 
-ONNX weights also in the form that is mapped as it is packed, made for the step and removed after it: loading is most of a start.
+ONNX weights also in the form that is mapped as it is packed, made for the step and removed after it.
 """
 
 from __future__ import annotations

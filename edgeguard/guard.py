@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from edgeguard.answers import Answers
-from edgeguard.backends import huge_pages
+from edgeguard.backends import background
 from edgeguard.backends.base import Backend, BackendInfo, Node, Run
 from edgeguard.calibration import UNCALIBRATED, Calibration, Whose
 from edgeguard.conversation import Conversation, Message
@@ -160,7 +160,7 @@ class Guard:
         """Evaluate the shared prefixes and run each kernel once, so that the first check is as fast as the others."""
         for role in ("user", "assistant"):
             self.check("Hello.", role, verdict_only=True)
-        huge_pages.settled()
+        background.settled()
 
     def close(self) -> None:
         """Free the model; closing twice is allowed, and after a fork it leaves the parent's model alone."""

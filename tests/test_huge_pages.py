@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edgeguard.backends import huge_pages
+from edgeguard.backends import background, huge_pages
 
 LINES = """\
 00400000-00452000 r-xp 00000000 08:02 173521 /usr/bin/program
@@ -49,7 +49,7 @@ def test_other_systems_are_left_alone(maps: Path, monkeypatch: pytest.MonkeyPatc
 def test_little_memory_is_left_as_it_is(maps: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huge_pages, "_gather", lambda _: pytest.fail("gathered"))
     huge_pages.gather(huge_pages.regions())
-    huge_pages.settled()
+    background.settled()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has it")
@@ -61,7 +61,7 @@ def test_what_was_written_is_there_afterwards(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(huge_pages, "LEAST", 1 << 20)
     huge_pages.gather(before)
     values[:: 4096] += np.uint64(7)  # while it is gathered
-    huge_pages.settled()
+    background.settled()
     wanted = np.arange(len(values), dtype=np.uint64)
     wanted[:: 4096] += np.uint64(7)
     np.testing.assert_array_equal(values, wanted)

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-RECIPE = Path(__file__).parents[1] / "models" / "recipe"
-sys.path.insert(0, str(RECIPE))
+sys.path.insert(0, str(Path(__file__).parents[1] / "models" / "recipe"))
 
 import left_out
 from measures import by_source
@@ -52,7 +51,8 @@ def test_a_row_is_scored_by_the_fold_that_left_its_source_out(
         write(out / left_out.SCORES, ({**row, "score": 0.1 if row["source"] in left else 0.9} for row in held))
 
     monkeypatch.setattr(left_out.subprocess, "run", train)
-    monkeypatch.setattr(sys, "argv", ["left_out.py", "--corpus", str(tmp_path), "--out", str(tmp_path / "out"), "--folds", "2", "--epochs", "1"])
+    given = ["--corpus", str(tmp_path), "--out", str(tmp_path / "out"), "--folds", "2", "--epochs", "1"]
+    monkeypatch.setattr(sys, "argv", ["left_out.py", *given])
     left_out.main()
     assert len(calls) == 2 and all(call[call.index("--epochs") + 1] == "1" for call in calls)
     measured = json.loads((tmp_path / "out" / "left-out.json").read_text(encoding="utf-8"))

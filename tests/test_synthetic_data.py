@@ -206,7 +206,8 @@ def test_each_change_does_something_to_an_ordinary_row() -> None:
 def test_the_command_writes_the_rows_of_its_seed(tmp_path: Path, made: dict[str, list[Row]]) -> None:
     command = [sys.executable, str(RECIPE / "synthetic" / "build.py"), "--seed", "1", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    for name, rows in zip(("hard-pairs", "responses", "languages", "statements", "chat", "model-replies", "registers"), made.values(), strict=True):
+    names = ("hard-pairs", "responses", "languages", "statements", "chat", "model-replies", "registers")
+    for name, rows in zip(names, made.values(), strict=True):
         assert f"{name}: {len(rows)} rows" in done.stdout
         write(tmp_path / "here.jsonl.gz", rows)
         assert (tmp_path / "out" / f"{name}.jsonl.gz").read_bytes() == (tmp_path / "here.jsonl.gz").read_bytes()

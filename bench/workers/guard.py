@@ -12,7 +12,7 @@ from protocol import Judged, serve  # type: ignore[import-not-found]  # a script
 
 from edgeguard import store
 from edgeguard.answers import Answers
-from edgeguard.backends import huge_pages
+from edgeguard.backends import background
 from edgeguard.backends.base import Backend, Node, Run
 from edgeguard.conversation import Conversation
 from edgeguard.decoder import decide_many
@@ -48,7 +48,7 @@ class GuardEngine:
         if self._cold:
             self._cold = False
         else:  # the first message is judged at once, further ones as a process that lives on sees them
-            huge_pages.settled()
+            background.settled()
         began = time.perf_counter()
         return replace(self._judged(request), seconds=time.perf_counter() - began)
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import sys
-import threading
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+
+from edgeguard.backends import background
 
 MODE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 MAPS = Path("/proc/self/maps")
@@ -21,9 +23,6 @@ HUGEPAGE, COLLAPSE = 14, 25  # madvise's advice
 
 Region = tuple[int, int]
 """First address and end."""
-
-
-_running: list[threading.Thread] = []
 
 
 def regions() -> list[Region]:
@@ -51,15 +50,7 @@ def gather(before: Sequence[Region]) -> None:
     new = sorted(set(regions()) - set(before))
     if sum(end - start for start, end in new) < LEAST:
         return
-    thread = threading.Thread(target=_gather, args=(new,), name="edgeguard-huge-pages", daemon=True)
-    _running[:] = [thread, *(each for each in _running if each.is_alive())]
-    thread.start()
-
-
-def settled() -> None:
-    """Return when all is gathered."""
-    for thread in _running:
-        thread.join()
+    background.start("huge-pages", partial(_gather, new))
 
 
 def _gather(new: Sequence[Region]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,18 +14,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeguard.architecture import Shape
+from edgeguard.backends import background
 from edgeguard.backends.base import BackendInfo, FloatArray, IntArray, Node, Run
+from edgeguard.backends.kernels import kernel
 from edgeguard.backends.keys_values import Buffer, keys_and_values, room
 from edgeguard.backends.onnx_export import ExportGraph
 from edgeguard.backends.onnx_session import Session, build
 from edgeguard.backends.packing import NO_ROWS, Entry, Pass, Tree, merge, passes
 from edgeguard.backends.prepacked import load, make
-from edgeguard.errors import InferenceError, ModelFileError
+from edgeguard.errors import EdgeGuardError, InferenceError, ModelFileError
+from edgeguard.machine import cpu
 from edgeguard.store.files import sha256
 from edgeguard.store.manifest import Artifact
 from edgeguard.store.prefix_cache import PrefixCache, ids_key
 
 PROBE_TOKENS = 4
+LARGE = 1 << 30
+"""Bytes of an artifact from which on weights are packed after the first pass: packing takes longer than passes that pack as they go."""
+UNPACKED = {"session.disable_prepacking": "1"}
 STATE_FORMAT = "1"
 """Of prefixes in the cache; a new one when a state has other parts or another order."""
 AGAIN = "Convert the model again."
@@ -44,7 +53,9 @@ class OnnxBackend:
     `device` is `auto`, `cpu`, `cuda`, `directml`, `coreml` or `openvino`; only `auto` falls back. `threads` None is the
     machine's choice. With a `cache`, prefixes that are not the artifact's are restored from the disk, to the same bits.
     `prepacked` is the folder with packed forms of weights (`backends/prepacked.py`); one that fits is mapped instead of the
-    artifact's own. `checked` says that the files were just compared with the manifest (`store.check_files`).
+    artifact's own. Without one, a large int8 artifact is mapped as it is, so that it answers seconds after the start of the
+    process; its weights are packed in the background after the first pass (`background.settled` waits). `checked` says that
+    the files were just compared with the manifest (`store.check_files`).
     Raises what `Session` raises, and `ModelFileError` for a graph that is neither a guard graph nor an export with past keys
     and values.
     """
@@ -57,17 +68,20 @@ class OnnxBackend:
         packed = None
         if prepacked is not None and device in ("auto", "cpu"):
             packed = load(artifact, prepacked, build(), threads, lambda session: probe(session, shape, head_ids))
-        session = packed or Session(artifact.path(manifest.weights), manifest.precision, device, threads, checked=checked)
-        kind = GuardGraph if "ids" in session.types else ExportGraph
-        self._graph: Graph | None = kind(session, shape, head_ids)
+        self._load = partial(Session, artifact.path(manifest.weights), manifest.precision, device, threads, checked=checked)
+        self._later = packed is None and packed_later(artifact, device)
+        session = packed or self._load(entries=UNPACKED if self._later else None)
+        self._graph: Graph | None = graph_of(session, shape, head_ids)
         self.info = BackendInfo(
             name="onnx", runtime=session.runtime, device=session.device, precision=manifest.precision, threads=session.threads,
             context=shape.context, head_ids=head_ids, kernel=f"{session.kernel.name}{', packed weights mapped' if packed else ''}",
         )
         self._cache = cache
+        self._loading, self._swap = Run(), threading.Lock()
         # whatever may change a bit of the state
         self._key = {"backend": "onnx", "format": STATE_FORMAT, "runtime": session.build, "device": session.device,
-                     "precision": manifest.precision, "threads": str(session.threads), "kernel": session.kernel.name}
+                     "precision": manifest.precision, "threads": str(session.threads),
+                     "kernel": session.kernel.name + (", unpacked" if self._later else "")}
 
     def open(self, prefix_ids: Sequence[int], run: Run) -> Node:
         """Evaluate a prefix, or restore it: from the cache, or as one of the artifact's, then without logits, which would cost a pass.
@@ -93,20 +107,47 @@ class OnnxBackend:
 
     def extend(self, entries: Sequence[tuple[Node, Sequence[int]]], run: Run) -> list[Node]:
         """One node for each entry."""
-        return self._running.extend(entries, run)
+        nodes = self._running.extend(entries, run)
+        if self._later:
+            self._later = False
+            background.start("packing", self._pack, self._loading.cancel)
+        return nodes
+
+    def _pack(self) -> None:
+        """Load the packed weights and go on with them; when that fails, for want of memory or after `shutdown`, all stays as it is."""
+        with suppress(EdgeGuardError):
+            session = self._load(entries=None, loading=self._loading)
+            with self._swap:
+                if self._graph is not None:
+                    self._graph = graph_of(session, self._artifact.manifest.shape, self.info.head_ids)
+                    self._key = {**self._key, "kernel": session.kernel.name}
 
     def close(self, node: Node) -> None:
         """Nothing to do: keys and values go with the last node that needs them."""
 
     def shutdown(self) -> None:
-        """Free the session."""
-        self._graph = None
+        """Free the session, also one that is being loaded."""
+        self._loading.cancel()
+        with self._swap:
+            self._graph = None
 
     @property
     def _running(self) -> Graph:
         if self._graph is None:
             raise ValueError("The backend was shut down.")
         return self._graph
+
+
+def packed_later(artifact: Artifact, device: str) -> bool:
+    """Whether verdicts come sooner from the weights as they are: large ones of 8 bits that the processor multiplies without a change."""
+    large = artifact.manifest.precision == "int8" and artifact.size >= LARGE
+    return large and device in ("auto", "cpu") and not kernel(cpu(), "int8").entries
+
+
+def graph_of(session: Session, shape: Shape, head_ids: IntArray) -> Graph:
+    """The strategy for the kind of graph that a session holds."""
+    kind = GuardGraph if "ids" in session.types else ExportGraph
+    return kind(session, shape, head_ids)
 
 
 def make_prepacked(artifact: Artifact, folder: Path) -> Path:

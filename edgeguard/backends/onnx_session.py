@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,13 @@ class Session:
 
     `entries` are added to the session's configuration, `optimised` says that the model is one that ONNX Runtime has written,
     `written` is where it shall write it. Unless the files are `checked` by their hashes, scales are looked through.
-    Raises `RuntimeMissingError`, `DeviceError` (a device asked for by name is not there), `ModelFileError`,
-    `ModelMemoryError`, and `InferenceError` when this CPU's 8-bit kernels do not multiply exactly.
+    `loading` can stop the loading. Raises `CancelledError` then, `RuntimeMissingError`, `DeviceError` (a device asked for by name
+    is not there), `ModelFileError`, `ModelMemoryError`, and `InferenceError` when this CPU's 8-bit kernels do not multiply exactly.
     """
 
     def __init__(self, model: Path, precision: str, device: str, threads: int | None, *,
                  entries: Mapping[str, str] | None = None, optimised: bool = False, written: Path | None = None,
-                 checked: bool = False) -> None:
+                 checked: bool = False, loading: Run | None = None) -> None:
         ort = _onnxruntime()
         tensors = check_external(model)
         if precision in QUANTISED and not checked:
@@ -55,15 +56,17 @@ class Session:
         self.threads = threads or default_threads()
         self._run_options = ort.RunOptions
         chosen = _devices(device, precision, ort.get_available_providers())
-        self.kernel = tried(cpu(), precision, _multiplied) if "cpu" in chosen else FLOAT_KERNEL
+        self.kernel = tried(cpu(), precision, partial(_multiplied, entries or {})) if "cpu" in chosen else FLOAT_KERNEL
         """Of the CPU."""
         options = _options(ort, self.threads, {**self.kernel.entries, **(entries or {})})
         if optimised:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if written:
             options.optimized_model_filepath = str(written)
+        loading = loading or Run()
         before = huge_pages.regions()
-        self.device, self._session = _granted(ort, model, chosen, options)
+        with _watched(loading, partial(options.set_load_cancellation_flag, True)):
+            self.device, self._session = _granted(ort, model, chosen, options, loading)
         if self.device == "cpu":
             huge_pages.gather(before)
         self.types: dict[str, str] = {each.name: each.type for each in self._session.get_inputs()}
@@ -77,7 +80,7 @@ class Session:
         run.check()
         options = self._run_options()
         options.log_severity_level = SILENT
-        with _translated(run), _watched(run, options):
+        with _translated(run), _watched(run, partial(setattr, options, "terminate", True)):
             return list(self._session.run(list(outputs), dict(feeds), options))
 
 
@@ -114,14 +117,14 @@ def _devices(device: str, precision: str, available: Sequence[str]) -> list[str]
     return [device]
 
 
-def _granted(ort: Any, model: Path, devices: Sequence[str], options: Any) -> tuple[str, Any]:  # noqa: ANN401
+def _granted(ort: Any, model: Path, devices: Sequence[str], options: Any, run: Run) -> tuple[str, Any]:  # noqa: ANN401
     """The first device that is granted, and the session on it; raises `DeviceError` when the last one is not."""
     for device in devices:
         if device == "cuda" and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()
         providers = list(dict.fromkeys([PROVIDERS[device], PROVIDERS["cpu"]]))
         try:
-            with _translated(loading=model):
+            with _translated(run, loading=model):
                 session = ort.InferenceSession(str(model), options, providers=providers)
         except (ModelFileError, ModelMemoryError):
             if device == devices[-1]:
@@ -160,23 +163,23 @@ def _check_finite(model: Path, tensors: Sequence[ExternalTensor]) -> None:
             raise ModelFileError(f"{tensor.name} in {model.parent / tensor.location} is damaged: not all its numbers are finite.")
 
 
-def _multiplied(model: bytes, entries: Mapping[str, str], activations: NDArray[Any]) -> NDArray[np.float32]:
-    """Runs the tiny models that kernels are tried with."""
+def _multiplied(more: Mapping[str, str], model: bytes, entries: Mapping[str, str], activations: NDArray[Any]) -> NDArray[np.float32]:
+    """Runs the tiny models that kernels are tried with, in the configuration that the session will have."""
     ort = _onnxruntime()
     with _translated():
-        session = ort.InferenceSession(model, _options(ort, 1, entries), providers=[PROVIDERS["cpu"]])
+        session = ort.InferenceSession(model, _options(ort, 1, {**entries, **more}), providers=[PROVIDERS["cpu"]])
         return np.asarray(session.run(None, {"a": activations})[0])
 
 
 @contextmanager
-def _watched(run: Run, options: Any) -> Iterator[None]:  # noqa: ANN401
-    """While the runtime works, look at the cancel token and stop it between two operators."""
+def _watched(run: Run, stop: Callable[[], object]) -> Iterator[None]:
+    """While the runtime works, look at the cancel token and stop it between two operators, or two weights."""
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(POLL):
             if run.stopped:
-                options.terminate = True
+                stop()
                 return
 
     thread = threading.Thread(target=watch, name="edgeguard-watch", daemon=True)
