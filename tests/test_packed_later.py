@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from edgeguard import Guard, store
 from edgeguard.backends import background, kernels, onnx, onnx_session
 from edgeguard.backends.base import Run
 from edgeguard.backends.onnx import OnnxBackend
-from edgeguard.errors import CancelledError, ModelMemoryError
+from edgeguard.errors import CancelledError, DeadlineError, ModelMemoryError
 from edgeguard.machine import cpu
 from edgeguard.store import Artifact
 
@@ -62,10 +63,10 @@ def test_the_first_pass_is_unpacked_and_later_ones_agree(artifact: Artifact, loa
 
 def test_a_prefix_is_kept_apart_for_both_forms(artifact: Artifact, tmp_path: Path) -> None:
     backend = OnnxBackend(artifact, cache=store.PrefixCache(tmp_path, {"model": "mini"}))
-    before = backend._key["kernel"]
+    before = backend._running[1]["kernel"]
     backend.extend([(backend.open(IDS, Run()), IDS)], Run())
     background.settled()
-    assert before == f"{backend._key['kernel']}, unpacked"
+    assert before == f"{backend._running[1]['kernel']}, unpacked"
 
 
 def test_small_and_other_artifacts_are_packed_at_load(loads: list[Any]) -> None:
@@ -112,10 +113,10 @@ def test_verdicts_go_on_while_it_packs_and_shutdown_stops_it(artifact: Artifact,
     assert begun.wait(30)
     (second,) = backend.extend([(root, IDS)], Run())
     assert first.logits.tolist() == second.logits.tolist()
+    threading.Timer(0.3, go.set).start()
     backend.shutdown()
-    go.set()
-    background.settled()
-    assert backend._graph is None, "what was loaded after the end is not kept"
+    assert go.is_set(), "shutdown waits until memory and file are free"
+    assert backend._state is None, "what was loaded after the end is not kept"
 
 
 def test_loading_can_be_stopped(artifact: Artifact) -> None:
@@ -133,6 +134,32 @@ def test_without_memory_for_the_packed_form_verdicts_go_on(artifact: Artifact, m
     background.settled()
     (second,) = backend.extend([(root, IDS)], Run())
     assert first.logits.tolist() == second.logits.tolist()
+
+
+@pytest.mark.parametrize("failing", ["memory", "file"])
+def test_it_is_packed_only_if_there_is_room_and_the_files_are_the_same(
+    artifact: Artifact, loads: list[Any], failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(artifact.folder, tmp_path / "copy")
+    copied = Artifact.read(tmp_path / "copy")
+    backend = OnnxBackend(copied)
+    if failing == "memory":
+        monkeypatch.setattr(onnx, "available_memory", lambda: copied.size)
+    else:
+        path = copied.path("tokenizer.json")
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    backend.extend([(backend.open(IDS, Run()), IDS)], Run())
+    background.settled()
+    assert loads == [onnx.UNPACKED]
+    backend.extend([(backend.open(IDS, Run()), IDS)], Run())
+
+
+def test_a_pass_that_runs_out_of_time_is_followed_by_packing_too(artifact: Artifact, loads: list[Any]) -> None:
+    backend = OnnxBackend(artifact)
+    with pytest.raises(DeadlineError):
+        backend.open(IDS, Run.within(0))
+    background.settled()
+    assert loads == [onnx.UNPACKED, None]
 
 
 def test_warmup_waits_for_it(artifact: Artifact, loads: list[Any]) -> None:

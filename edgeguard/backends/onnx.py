@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,8 @@ from edgeguard.backends.onnx_session import Session, build
 from edgeguard.backends.packing import NO_ROWS, Entry, Pass, Tree, merge, passes
 from edgeguard.backends.prepacked import load, make
 from edgeguard.errors import EdgeGuardError, InferenceError, ModelFileError
-from edgeguard.machine import cpu
+from edgeguard.machine import available_memory, cpu
+from edgeguard.store.catalogue import check_files
 from edgeguard.store.files import sha256
 from edgeguard.store.manifest import Artifact
 from edgeguard.store.prefix_cache import PrefixCache, ids_key
@@ -31,6 +32,10 @@ from edgeguard.store.prefix_cache import PrefixCache, ids_key
 PROBE_TOKENS = 4
 LARGE = 1 << 30
 """Bytes of an artifact from which on weights are packed after the first pass: packing takes longer than passes that pack as they go."""
+COPY = 1.1
+"""Bytes of memory that packing takes for each byte of the artifact."""
+ONE_AT_A_TIME = threading.Lock()
+"""Held from the look at free memory until an artifact is packed."""
 UNPACKED = {"session.disable_prepacking": "1"}
 STATE_FORMAT = "1"
 """Of prefixes in the cache; a new one when a state has other parts or another order."""
@@ -45,6 +50,10 @@ class Graph(Protocol):
     def extend(self, entries: Sequence[Entry], run: Run) -> list[Node]:
         """One node for each entry, in order."""
         ...
+
+
+State: TypeAlias = "tuple[Graph, dict[str, str]]"
+"""What evaluates, and all that changes a bit of what it gives."""
 
 
 class OnnxBackend:
@@ -68,59 +77,70 @@ class OnnxBackend:
         packed = None
         if prepacked is not None and device in ("auto", "cpu"):
             packed = load(artifact, prepacked, build(), threads, lambda session: probe(session, shape, head_ids))
-        self._load = partial(Session, artifact.path(manifest.weights), manifest.precision, device, threads, checked=checked)
+        self._load = partial(Session, artifact.path(manifest.weights).resolve(), manifest.precision, device, threads, checked=checked)
         self._later = packed is None and packed_later(artifact, device)
         session = packed or self._load(entries=UNPACKED if self._later else None)
-        self._graph: Graph | None = graph_of(session, shape, head_ids)
         self.info = BackendInfo(
             name="onnx", runtime=session.runtime, device=session.device, precision=manifest.precision, threads=session.threads,
             context=shape.context, head_ids=head_ids, kernel=f"{session.kernel.name}{', packed weights mapped' if packed else ''}",
         )
         self._cache = cache
-        self._loading, self._swap = Run(), threading.Lock()
         # whatever may change a bit of the state
         self._key = {"backend": "onnx", "format": STATE_FORMAT, "runtime": session.build, "device": session.device,
-                     "precision": manifest.precision, "threads": str(session.threads),
-                     "kernel": session.kernel.name + (", unpacked" if self._later else "")}
+                     "precision": manifest.precision, "threads": str(session.threads)}
+        self._state: State | None = self._using(session, ", unpacked" if self._later else "")
+        self._loading, self._swap = Run(), threading.Lock()
+        self._packing: threading.Thread | None = None
 
     def open(self, prefix_ids: Sequence[int], run: Run) -> Node:
         """Evaluate a prefix, or restore it: from the cache, or as one of the artifact's, then without logits, which would cost a pass.
 
         Raises `ModelFileError` when its file is damaged.
         """
-        graph, shape = self._running, self._artifact.manifest.shape
+        (graph, key), shape = self._running, self._artifact.manifest.shape
         for record in self._artifact.manifest.prefixes:
             if record.ids == tuple(prefix_ids) and isinstance(graph, GuardGraph):
                 run.check()
                 return graph.restored(*read_prefix(self._artifact.path(record.file), record.sha256, shape, len(record.ids)))
         if self._cache is None or not isinstance(graph, GuardGraph):
-            return graph.extend([(None, prefix_ids)], run)[0]
+            return self._evaluated(graph, [(None, prefix_ids)], run)[0]
         run.check()
         ids = tuple(map(int, prefix_ids))
-        key = {**self._key, "ids": ids_key(ids)}
+        key = {**key, "ids": ids_key(ids)}
         if (held := self._cache.read(key)) and fits(held, shape, len(ids), len(self.info.head_ids)):
             return replace(graph.restored(held["keys"], held["values"]), logits=held["logits"])
-        (node,) = graph.extend([(None, ids)], run)
+        (node,) = self._evaluated(graph, [(None, ids)], run)
         keys, values = keys_and_values(node)
         self._cache.write(key, {"keys": keys, "values": values, "logits": node.logits})
         return node
 
     def extend(self, entries: Sequence[tuple[Node, Sequence[int]]], run: Run) -> list[Node]:
         """One node for each entry."""
-        nodes = self._running.extend(entries, run)
-        if self._later:
-            self._later = False
-            background.start("packing", self._pack, self._loading.cancel)
-        return nodes
+        return self._evaluated(self._running[0], entries, run)
+
+    def _evaluated(self, graph: Graph, entries: Sequence[Entry], run: Run) -> list[Node]:
+        """A pass, behind which packing begins, also when the pass ran out of time."""
+        try:
+            return graph.extend(entries, run)
+        finally:
+            if self._later:
+                self._later = False
+                self._packing = background.start("packing", self._pack, self._loading.cancel)
 
     def _pack(self) -> None:
         """Load the packed weights and go on with them; when that fails, for want of memory or after `shutdown`, all stays as it is."""
-        with suppress(EdgeGuardError):
+        with suppress(EdgeGuardError, OSError, MemoryError, RuntimeError), ONE_AT_A_TIME:
+            if available_memory() < self._artifact.size * COPY:
+                return
+            check_files(self._artifact)  # again: it may be long since they were loaded
             session = self._load(entries=None, loading=self._loading)
             with self._swap:
-                if self._graph is not None:
-                    self._graph = graph_of(session, self._artifact.manifest.shape, self.info.head_ids)
-                    self._key = {**self._key, "kernel": session.kernel.name}
+                if self._state is not None:
+                    self._state = self._using(session)
+
+    def _using(self, session: Session, form: str = "") -> State:
+        graph = graph_of(session, self._artifact.manifest.shape, self.info.head_ids)
+        return graph, {**self._key, "kernel": session.kernel.name + form}
 
     def close(self, node: Node) -> None:
         """Nothing to do: keys and values go with the last node that needs them."""
@@ -129,13 +149,15 @@ class OnnxBackend:
         """Free the session, also one that is being loaded."""
         self._loading.cancel()
         with self._swap:
-            self._graph = None
+            self._state = None
+        if self._packing is not None:
+            self._packing.join()
 
     @property
-    def _running(self) -> Graph:
-        if self._graph is None:
+    def _running(self) -> State:
+        if self._state is None:
             raise ValueError("The backend was shut down.")
-        return self._graph
+        return self._state
 
 
 def packed_later(artifact: Artifact, device: str) -> bool:
