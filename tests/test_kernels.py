@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -84,13 +85,13 @@ def test_a_processor_that_saturates_whatever_it_is_told_is_refused(cpu: Cpu) -> 
 
 
 def test_this_machine_multiplies_rightly() -> None:
-    multiply = onnx_session._multiplied
+    multiply = partial(onnx_session._multiplied, {})
     assert is_exact(multiply, {}) or is_exact(multiply, EXACT_X86)
     assert is_close(multiply, {})
 
 
 def test_4_bit_products_that_are_off_are_refused() -> None:
-    good = onnx_session._multiplied
+    good = partial(onnx_session._multiplied, {})
     for wrong in (lambda y: np.clip(y, -2000, 2000), lambda y: y + 40, lambda y: y * np.nan, lambda y: y[:, ::-1]):
         with pytest.raises(InferenceError, match="4-bit"):
             tried(OLD, "int4", lambda model, entries, a, wrong=wrong: wrong(good(model, entries, a)))
