@@ -85,28 +85,19 @@ def over(one: Formula, other: Formula) -> Formula:
         above, below = one(cells), other(cells)
         if above.value is None or not below.value:
             return Found(None, (), above.note or below.note)
-        return Found(above.value / below.value, (*above.cells, *below.cells), above.note or below.note)
+        return Found(above.value / below.value, tuple(dict.fromkeys((*above.cells, *below.cells))), above.note or below.note)
 
     return formula
 
 
-def times(one: Formula, other: Formula) -> Formula:
-    """The product of two values."""
-    def formula(cells: Cells) -> Found:
-        left, right = one(cells), other(cells)
-        if left.value is None or right.value is None:
-            return Found(None, (), left.note or right.note)
-        return Found(left.value * right.value, left.cells)
-
-    return formula
-
-
-def ceiling(kind: str) -> Formula:
-    """How many times as long edgeguard's best path takes as its products would at the measured ceiling."""
+def products(kind: str) -> Formula:
+    """Seconds of the matrix products of edgeguard's best path alone, at the measured ceiling."""
     def formula(cells: Cells) -> Found:
         best = median(*BEST)(cells)
         share = cells[best.cells[0]].extra.get(f"share_of_{kind}_ceiling") if best.cells else None
-        return Found(1 / share, best.cells) if share else Found(None, note=best.note or "no such ceiling was measured")
+        if best.value is None or not share:
+            return Found(None, note=best.note or "no such ceiling was measured")
+        return Found(best.value * share, best.cells)
 
     return formula
 
@@ -150,15 +141,17 @@ TARGETS = (
     Target("8B, safe verdict: llama-cpp-python q4_k_m, steady stream, over the same", EIGHT, 3.5, False,
            over(median("ladder/L0/gguf-q4_k_m/23/safe"), median(*BEST)), "x"),
     Target("8B, safe verdict: that first call over the matrix products of edgeguard's pass alone, at the measured ceiling", EIGHT, None,
-           False, times(over(median("ladder/L0/gguf-q4_k_m/23/first"), median(*BEST)), ceiling("int8")), "x"),
+           False, over(median("ladder/L0/gguf-q4_k_m/23/first"), products("int8")), "x"),
     Target("8B, safe verdict: that steady stream over the same products", EIGHT, None, False,
-           times(over(median("ladder/L0/gguf-q4_k_m/23/safe"), median(*BEST)), ceiling("int8")), "x"),
+           over(median("ladder/L0/gguf-q4_k_m/23/safe"), products("int8")), "x"),
     Target("8B, safe verdict: llama.cpp low-level q4_k_m, prefix kept, one forward, over edgeguard's best CPU path", EIGHT, None, False,
            over(median("ladder/L2/gguf-q4_k_m/23/safe"), median(*BEST)), "x"),
     Target("8B, safe verdict: onnxruntime-genai int4 with cached prefix, over the same", EIGHT, 2.5, False,
            over(either(median("peers/onnxruntime-genai*/23/safe"), median("ladder/L2/onnx-int4/23/safe"), NO_BUILDER), median(*BEST)), "x"),
-    Target("8B, 77-token pass: measured GEMM ceiling over edgeguard's achieved rate", EIGHT, 1.3, True, ceiling("int8")),
-    Target("8B, 77-token pass: the same with a ceiling whose weights come from memory too", EIGHT, None, True, ceiling("streamed")),
+    Target("8B, 77-token pass: measured GEMM ceiling over edgeguard's achieved rate", EIGHT, 1.3, True,
+           over(median(*BEST), products("int8"))),
+    Target("8B, 77-token pass: the same with a ceiling whose weights come from memory too", EIGHT, None, True,
+           over(median(*BEST), products("streamed"))),
     Target("8B: unsafe with one code over safe", EIGHT, 1.5, True,
            over(median("length/onnx-int8/23/unsafe"), median("length/onnx-int8/23/safe"))),
     Target("8B, packed 16 messages: per message, over one by one", EIGHT, 1.0, True,

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import random
-import re
 import subprocess
 import sys
 from collections import Counter
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models" / "recipe"))
 
+from benign.build import runs
 from row_file import rows as row_files
 from row_file import write
 from synthetic import augment as changes
@@ -215,14 +215,10 @@ def test_the_command_writes_the_rows_of_its_seed(tmp_path: Path, made: dict[str,
 
 
 def test_texts_of_registers_are_not_those_that_are_only_measured_on(made: dict[str, list[Row]]) -> None:
-    def runs(text: str, size: int = 8) -> set[str]:
-        found = re.findall(r"\w+", text.lower())
-        return {" ".join(found[at : at + size]) for at in range(len(found) - size + 1)}
-
     frozen = set[str]()
     for name in ("benign-frozen", "twins-frozen"):
         for one in row_files(RECIPE / "data" / "benign" / f"{name}.jsonl.gz"):
-            frozen |= runs(one["messages"][0]["content"])
+            frozen |= runs(one["messages"][0]["content"], 8)
     assert len(frozen) > 100_000
-    shared = [one for name in ("registers", "replies") for one in made[name] if runs(one["messages"][-1]["content"]) & frozen]
-    assert len(shared) <= 2, [one["messages"][-1]["content"] for one in shared]
+    shared = [one for name in ("registers", "replies") for one in made[name] if runs(one["messages"][-1]["content"], 8) & frozen]
+    assert not shared, [one["messages"][-1]["content"] for one in shared]

@@ -89,7 +89,7 @@ class OnnxBackend:
         self._key = {"backend": "onnx", "format": STATE_FORMAT, "runtime": session.build, "device": session.device,
                      "precision": manifest.precision, "threads": str(session.threads)}
         self._state: State | None = self._using(session, ", unpacked" if self._later else "")
-        self._loading, self._swap = Run(), threading.Lock()
+        self._loading = Run()
         self._packing: threading.Thread | None = None
 
     def open(self, prefix_ids: Sequence[int], run: Run) -> Node:
@@ -128,15 +128,12 @@ class OnnxBackend:
                 self._packing = background.start("packing", self._pack, self._loading.cancel)
 
     def _pack(self) -> None:
-        """Load the packed weights and go on with them; when that fails, for want of memory or after `shutdown`, all stays as it is."""
+        """Load the packed weights and go on with them; when that fails, for want of memory or by `shutdown`, all stays as it is."""
         with suppress(EdgeGuardError, OSError, MemoryError, RuntimeError), ONE_AT_A_TIME:
             if available_memory() < self._artifact.size * COPY:
                 return
             check_files(self._artifact)  # again: it may be long since they were loaded
-            session = self._load(entries=None, loading=self._loading)
-            with self._swap:
-                if self._state is not None:
-                    self._state = self._using(session)
+            self._state = self._using(self._load(entries=None, loading=self._loading))
 
     def _using(self, session: Session, form: str = "") -> State:
         graph = graph_of(session, self._artifact.manifest.shape, self.info.head_ids)
@@ -148,10 +145,9 @@ class OnnxBackend:
     def shutdown(self) -> None:
         """Free the session, also one that is being loaded."""
         self._loading.cancel()
-        with self._swap:
-            self._state = None
         if self._packing is not None:
             self._packing.join()
+        self._state = None
 
     @property
     def _running(self) -> State:

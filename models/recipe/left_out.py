@@ -16,10 +16,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from data import free_license
-from measures import by_source
+from measures import SCORES, by_source
 from row_file import rows
 
-SCORES = "held.jsonl.gz"
 TRAIN = Path(__file__).with_name("train.py")
 COLUMNS = ("rows", "f1", "recall", "fpr", "auprc", "ece")
 

@@ -8,6 +8,8 @@ from typing import Any
 from edgeguard.bench.metrics import Counts, auprc, ece
 
 Row = Mapping[str, Any]
+SCORES = "held.jsonl.gz"
+"""Where a training leaves the scored validation rows, in its folder."""
 
 
 def measures(found: Sequence[Row]) -> dict[str, float]:

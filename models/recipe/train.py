@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from base import IM_END, write_base
 from data import Example, encode, free_license, gather, unit
-from measures import by_source, measures
+from measures import SCORES, by_source, measures
 from row_file import rows, write
 from synthetic.augment import augment
 from tokenizers import Tokenizer
@@ -214,7 +214,7 @@ def main() -> None:
     run.averaged()
     judged = scored(run.model, held, held_examples, run.first)
     tell({"averaged": by_source(judged)})
-    write(args.out / "held.jsonl.gz", judged)
+    write(args.out / SCORES, judged)
     run.write(args.out / "final")
 
 
