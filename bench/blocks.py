@@ -61,8 +61,9 @@ def q6_k(values: Values, scale: float) -> Bytes:
 
 
 def bfloat16(weights: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """The upper halves of float32 numbers; the lower ones of these weights are zero."""
-    return (weights.view(np.uint32) >> 16).astype(np.uint16)
+    """The upper halves of finite float32 numbers, rounded to the nearest, of two equally near ones to the even."""
+    bits = weights.view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
 GGUF: dict[str, Callable[[Values, float], Bytes]] = {"Q4_0": q4_0, "Q8_0": q8_0, "Q4_K": q4_k, "Q6_K": q6_k}

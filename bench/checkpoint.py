@@ -1,4 +1,4 @@
-"""Random weights as a Hugging Face folder: bfloat16 in several safetensors files, streamed row by row.
+"""Weights as a Hugging Face folder: bfloat16 in several safetensors files, streamed row by row.
 
 Format: https://huggingface.co/docs/safetensors; the index as transformers writes it.
 """
@@ -9,31 +9,41 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from edgeguard.architecture import Shape
 from edgeguard.bench.blocks import bfloat16
-from edgeguard.bench.synthetic import RandomWeights
 from edgeguard.convert.journal import GrowingFile
 from edgeguard.convert.pieces import pieces
 from edgeguard.store.files import Progress, write_text
-from edgeguard.weights import expected
+from edgeguard.weights import Weights, expected
 
 SHARD = 5_000_000_000
 """Bytes of a file at most, as the hub has them; a larger tensor would have a file of its own."""
 WIDTH = 2  # bytes of a weight
-BOS, EOS = "<|begin_of_text|>", "<|end_of_text|>"
 
 
-def write(weights: RandomWeights, folder: Path, progress: Progress) -> None:
+class Ends(NamedTuple):
+    """The tokens that begin and end a text, and their ids."""
+
+    begin: str
+    begin_id: int
+    end: str
+    end_id: int
+
+
+LLAMA_3 = Ends("<|begin_of_text|>", 128000, "<|end_of_text|>", 128001)
+
+
+def write(weights: Weights, folder: Path, progress: Progress, ends: Ends = LLAMA_3) -> None:
     """Write config.json, the files and their index; the tokenizer.json is the caller's."""
     sizes = expected(weights.shape)
     total = WIDTH * weights.shape.parameters
-    write_text(folder / "config.json", json.dumps(config(weights.shape), indent=1) + "\n")
-    write_text(folder / "tokenizer_config.json", json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS,
-                                                             "eos_token": EOS, "model_max_length": weights.shape.context}) + "\n")
+    write_text(folder / "config.json", json.dumps(config(weights.shape, ends), indent=1) + "\n")
+    write_text(folder / "tokenizer_config.json", json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": ends.begin,
+                                                             "eos_token": ends.end, "model_max_length": weights.shape.context}) + "\n")
     files = list(_shards(sizes))
     place: dict[str, str] = {}
     done = 0
@@ -55,7 +65,7 @@ def write(weights: RandomWeights, folder: Path, progress: Progress) -> None:
     write_text(folder / "model.safetensors.index.json", json.dumps({"metadata": {"total_size": total}, "weight_map": place}, indent=1))
 
 
-def config(shape: Shape) -> dict[str, Any]:
+def config(shape: Shape, ends: Ends = LLAMA_3) -> dict[str, Any]:
     """The config.json of a shape."""
     return {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16", "hidden_act": "silu",
@@ -63,7 +73,7 @@ def config(shape: Shape) -> dict[str, Any]:
         "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads, "head_dim": shape.head_dim,
         "vocab_size": shape.vocab, "max_position_embeddings": shape.context, "rms_norm_eps": shape.rms_eps,
         "rope_theta": shape.rope_theta, "rope_scaling": shape.rope_scaling and dict(shape.rope_scaling),
-        "tie_word_embeddings": shape.tied, "attention_bias": False, "bos_token_id": 128000, "eos_token_id": 128001,
+        "tie_word_embeddings": shape.tied, "attention_bias": False, "bos_token_id": ends.begin_id, "eos_token_id": ends.end_id,
     }
 
 

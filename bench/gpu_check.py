@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from edgeguard import __version__, machine, store
-from edgeguard.bench.artifacts import BACKENDS, Measured
+from edgeguard.bench.artifacts import BACKENDS, Measured, made_of, mini_source
 from edgeguard.bench.assemble import host
 from edgeguard.bench.cells import Cell
 from edgeguard.bench.gpu_cells import LIMITS, Check, card
@@ -28,6 +28,7 @@ from edgeguard.bench.result import figure
 from edgeguard.cli.check import ThreadsOption
 from edgeguard.errors import DeviceError, EdgeGuardError, InferenceError, InputError, ModelNotFoundError
 from edgeguard.store import Artifact, write_text
+from edgeguard.store.catalogue import BUILT_IN
 
 MADE = ("onnx-fp16", "onnx-int4", "gguf-f16", "gguf-q4_k_m")
 """What is measured, and made from the source where it lacks."""
@@ -87,8 +88,12 @@ def gather(model: str | None, source: str | None, profile: str, work: Path, runt
     """The model's artifacts that a GPU can run, those that lack converted from the source; raises `ModelNotFoundError`."""
     place = store.locate(model)
     found = {f"{each.kind}-{each.manifest.precision}": each for each in store.scan(place) if isinstance(each, Artifact)}
-    found |= {path.name: Artifact.read(path) for path in sorted(work.glob("*-*")) if (path / "manifest.json").is_file()}
+    kept = [Artifact.read(path) for path in sorted(work.glob("*-*")) if (path / "manifest.json").is_file()]
     chosen = source or (str(place / "master") if (place / "master").is_dir() else None)
+    if chosen is None and model in (None, BUILT_IN):
+        origin = mini_source(found)
+        chosen, kept = str(origin.folder), [each for each in kept if made_of(origin, each.folder)]
+    found |= {each.folder.name: each for each in kept}
     missing: dict[str, str] = {}
     for label in MADE:
         backend = BACKENDS[label.partition("-")[0]]

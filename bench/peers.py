@@ -96,7 +96,7 @@ def default_folder() -> Path:
 
 
 def source(peer: Peer, model: Measured) -> Path:
-    """The file or folder that the peer's model is made of; raises `ModelNotFoundError` with what is missing."""
+    """The file or folder that the peer's model is made of, the built-in model's folder written or not; raises `ModelNotFoundError`."""
     if peer.reads == "hf":
         if not model.source:
             raise ModelNotFoundError(f"{peer.name} is made of the source weights, a Hugging Face folder `master` beside the artifacts; "
@@ -181,7 +181,8 @@ def contender(peer: Peer, model: Measured, setting: Setting, folder: Path, memor
 def _found(peer: Peer, model: Measured, folder: Path, memory: float) -> Path:
     """Where its model lies or will lie; where there is nothing to make it of, room for the making is asked first."""
     try:
-        return prepared(peer, source(peer, model), folder)
+        origin = source(peer, model)
+        return prepared(peer, origin, folder) if origin.exists() else origin
     except ModelNotFoundError:
         check_memory(peer, model.shape, memory, making=True)
         raise

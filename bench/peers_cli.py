@@ -12,7 +12,7 @@ from rich.console import Console
 
 from edgeguard import machine
 from edgeguard.bench import environments
-from edgeguard.bench.artifacts import Measured, find
+from edgeguard.bench.artifacts import Measured, find, write_source
 from edgeguard.bench.contenders import Setting
 from edgeguard.bench.environments import Told
 from edgeguard.bench.peers import Peer, check_memory, contender, default_folder, named, prepare, source
@@ -61,7 +61,7 @@ def make_all(wanted: list[Peer], model: Measured, folder: Path, memory: float, t
             for making in (False, True):
                 check_memory(peer, model.shape, memory, making=making)
             environments.make(peer.environment, folder, told, execute)
-            prepare(peer, origin, folder, told, execute)
+            prepare(peer, write_source(model) if peer.reads == "hf" else origin, folder, told, execute)
         except (EdgeGuardError, OSError) as error:
             told(f"{peer.name}: {error}")
             failed.append(peer)

@@ -39,6 +39,9 @@ Hook = Callable[[str], QuantisedTensor | None]
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 FLOATS: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.float16}
+DOWN = "mlp.down_proj.weight"
+PARTS = 4
+"""Parts of what a down projection reads, each with its own largest activation: outliers, others for each token, coarsen one part only."""
 STEP, MIDDLE = np.float32(1 / 127), np.uint8(128)  # of activations between -1 and 1 in 8 bits
 
 INPUTS: dict[str, list[int | str]] = {
@@ -214,7 +217,7 @@ class _Builder:
 
     def quantised(self, name: str, quantise: Callable[..., QuantisedTensor]) -> QuantisedTensor | None:
         """A matrix in few bits, None when it is in the file already."""
-        if None not in (self.graph.finished(name), self.graph.finished(f"{name}.scale")):
+        if self.graph.finished(f"{name}.scale") is not None:  # scales are written last
             return None
         return self.hook(name) or quantised(self.weights, name, partial(quantise, importance=self.importance(name)), self.threads)
 
@@ -239,7 +242,7 @@ class _Builder:
         if self.precision in FLOATS:
             return self.float_linear(value, name)
         tensor = self.quantised(name, int8_rows if self.precision == "int8" else int4_blocks)
-        word = self.graph.finished(name) if tensor is None else "int8" if isinstance(tensor, Int8Rows) else "int4"
+        word = self.graph.finished(f"{name}.scale") if tensor is None else "int8" if isinstance(tensor, Int8Rows) else "int4"
         product = self.int8_linear(value, name, tensor) if word == "int8" else self.int4_linear(value, name, tensor)
         self.counted(name, word or "")
         return product
@@ -269,19 +272,44 @@ class _Builder:
 
     def int8_linear(self, value: str, name: str, tensor: QuantisedTensor | None) -> str:
         graph, (rows, width) = self.graph, self.sizes[name]
+        if name.endswith(DOWN) and width % PARTS == 0:
+            return self.int8_linear_in_parts(value, name, tensor)
         steps, largest = self.steps(value)
-        values = (tensor.values[:, part].T for part in pieces(width, rows)) if tensor else ()
-        table = graph.tensor(name, np.int8, [width, rows], values, "int8")
-        scales = graph.tensor(f"{name}.scale", np.float32, [rows], [tensor.scales] if tensor else ())
-        factors = [steps, table, graph.constant(STEP), scales, graph.constant(MIDDLE)]
-        return graph.node("Mul", [graph.node("MatMulIntegerToFloat", factors, domain="com.microsoft"), largest])
+        table = self.int8_table(name, tensor, slice(0, width))
+        return graph.node("Mul", [self.int8_product(steps, table, self.int8_scales(name, tensor, rows)), largest])
+
+    def int8_linear_in_parts(self, value: str, name: str, tensor: QuantisedTensor | None) -> str:
+        """The sum of `PARTS` products, each of a part of the input (T, PARTS, width / PARTS) by its own largest activations."""
+        graph, (rows, width) = self.graph, self.sizes[name]
+        steps, largest = self.steps(graph.node("Reshape", [value, graph.constant([0, PARTS, width // PARTS])]))
+        read = [graph.fresh("part") for _ in range(PARTS)]
+        graph.node("Split", [steps], read, axis=1, num_outputs=PARTS)
+        tables = [self.int8_table(name, tensor, slice(start, start + width // PARTS)) for start in range(0, width, width // PARTS)]
+        scales = self.int8_scales(name, tensor, rows)
+        products = [self.int8_product(part, table, scales) for part, table in zip(read, tables, strict=True)]
+        scaled = graph.node("Mul", [graph.node("Concat", products, axis=1), largest])
+        return graph.node("ReduceSum", [scaled, graph.constant([1])], keepdims=0)
+
+    def int8_table(self, name: str, tensor: QuantisedTensor | None, columns: slice) -> str:
+        """Some of a layer's columns, as rows of a table (columns, out)."""
+        (rows, width), wide = self.sizes[name], columns.stop - columns.start
+        values = (tensor.values[:, columns][:, part].T for part in pieces(wide, rows)) if tensor else ()
+        return self.graph.tensor(name if wide == width else f"{name}.{columns.start}", np.int8, [wide, rows], values)
+
+    def int8_scales(self, name: str, tensor: QuantisedTensor | None, rows: int) -> str:
+        return self.graph.tensor(f"{name}.scale", np.float32, [rows], [tensor.scales] if tensor else (), "int8")
+
+    def int8_product(self, steps: str, table: str, scales: str) -> str:
+        """Of bytes, times the layer's scales; each token's largest activation is still to be multiplied."""
+        factors = [steps, table, self.graph.constant(STEP), scales, self.graph.constant(MIDDLE)]
+        return self.graph.node("MatMulIntegerToFloat", factors, domain="com.microsoft")
 
     def int4_linear(self, value: str, name: str, tensor: QuantisedTensor | None) -> str:
         """Two weights a byte, the first in the low half; without zero points the middle is 8."""
         graph, (rows, width) = self.graph, self.sizes[name]
         values = (tensor.values[part, ::2] | tensor.values[part, 1::2] << 4 for part in pieces(rows, width)) if tensor else ()
-        table = graph.tensor(name, np.uint8, [rows, width // BLOCK, BLOCK // 2], values, "int4")
-        scales = graph.tensor(f"{name}.scale", np.float32, [rows, width // BLOCK], [tensor.scales] if tensor else ())
+        table = graph.tensor(name, np.uint8, [rows, width // BLOCK, BLOCK // 2], values)
+        scales = graph.tensor(f"{name}.scale", np.float32, [rows, width // BLOCK], [tensor.scales] if tensor else (), "int4")
         return graph.node("MatMulNBits", [value, table, scales], domain="com.microsoft", K=width, N=rows, bits=4,
                           block_size=BLOCK, accuracy_level=4)
 

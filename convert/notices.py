@@ -48,7 +48,7 @@ def artifact_name(profile: str, source: str, precision: str) -> str:
     plain = source.rsplit("/", 1)[-1]
     licence = LICENCES.get(profile)
     if licence and licence.prefix:
-        for family in ("Meta-Llama-", "Llama-"):
+        for family in (licence.prefix, "Meta-Llama-", "Llama-"):
             plain = plain.removeprefix(family)
         plain = licence.prefix + plain
     return f"{plain}-{precision}"

@@ -273,12 +273,12 @@ def _save_prefixes(folder: Path, truth: Truth) -> dict[Role, str]:
 
 
 def _write_onnx(work: Work, truth: Truth) -> dict[str, int]:
-    from edgeguard.convert.guard_graph import Precision, build
+    from edgeguard.convert.guard_graph import PARTS, Precision, build
 
     plan = work.plan
     return build(truth.weights, plan.partial, precision=cast(Precision, plan.precision), head_ids=truth.rows,
                  quantised=_shared(plan, truth) if plan.shared else None, importance=truth.importance, threads=plan.threads,
-                 identity={**work.identity, "rows": truth.rows}, progress=work.progress)
+                 identity={**work.identity, "rows": truth.rows, "parts": PARTS}, progress=work.progress)
 
 
 def _write_optimum(work: Work, _truth: Truth) -> dict[str, int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeguard.errors import ModelFileError, ModelMismatchError, ModelNotFoundError
-from edgeguard.store import Model, locate, pull, resolve
+from edgeguard.store import Artifact, Model, locate, pull, resolve
 from edgeguard.store.catalogue import HUB_ID
 from edgeguard.store.files import Progress
 from edgeguard.weights import SafetensorsWeights, Weights
@@ -23,12 +23,12 @@ class Source:
     kind: str
     """`folder` or `gguf`."""
     name: str
-    """The hub id, or the name of the folder, or of the file without its ending."""
+    """The hub id, or the name of the artifact, of the folder, or of the file without its ending."""
     path: Path
     """The folder or the file."""
     weights: Weights
     tokenizer: Path | None
-    """A tokenizer.json; None for a GGUF, which carries its vocabulary inside."""
+    """A tokenizer.json; None for a GGUF that carries its vocabulary inside and has none beside it."""
 
     @property
     def folder(self) -> Path:
@@ -62,13 +62,17 @@ def open_source(given: str | Path, tokenizer: Path | None = None, progress: Prog
     if model.kind == "gguf":
         from edgeguard.convert.gguf_source import GgufWeights
 
-        return Source("gguf", model.weights.stem, model.weights, GgufWeights(model.weights), tokenizer)
+        if isinstance(model, Artifact):
+            name, tokenizer = model.name.removesuffix(f"-{model.manifest.precision}"), tokenizer or model.tokenizer
+        else:
+            name = model.weights.stem
+        return Source("gguf", name, model.weights, GgufWeights(model.weights), tokenizer)
     folder = model.folder
-    own = folder / "tokenizer.json"
-    if tokenizer is None and not own.is_file():
+    beside = folder / "tokenizer.json"
+    if tokenizer is None and not beside.is_file():
         raise ModelFileError(f"{folder} has no tokenizer.json; give the path of one (--tokenizer).")
     name = str(given) if _is_hub_id(given) else folder.resolve().name
-    return Source("folder", name, folder, SafetensorsWeights(folder), tokenizer or own)
+    return Source("folder", name, folder, SafetensorsWeights(folder), tokenizer or beside)
 
 
 def check_vocabulary(weights: Weights, tokens: int) -> None:

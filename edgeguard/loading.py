@@ -11,7 +11,7 @@ from typing import get_args
 
 from edgeguard import __version__, machine, profiles, store
 from edgeguard.architecture import Shape
-from edgeguard.backends.base import Backend
+from edgeguard.backends.base import PACKED, Backend
 from edgeguard.calibration import UNCALIBRATED, Calibration, Whose
 from edgeguard.errors import EdgeGuardError, InputError, ModelMemoryError, ModelMismatchError, RuntimeMissingError
 from edgeguard.profiles import Profile
@@ -48,7 +48,7 @@ class Runtime:
 
 # in the order in which `auto` tries them: the int8 guard graph is ahead of llama.cpp on CPUs (docs/how-it-works.md)
 RUNTIMES = (
-    Runtime("onnx", "onnx", "onnxruntime", "onnxruntime", "cpu", 1.1, 1.0),
+    Runtime("onnx", "onnx", "onnxruntime", "onnxruntime", "cpu", PACKED, 1.0),
     Runtime("llama", "gguf", "llama_cpp", "llama-cpp-python", "llama", 1.0, 0.5),
     Runtime("reference", "hf", "numpy", "numpy", "cpu", 2.0, 1.0),
 )

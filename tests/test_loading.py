@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from edgeguard import Guard, loading, machine, store
+from edgeguard.bench import artifacts
 from edgeguard.errors import DeviceError, InputError, ModelFileError, ModelMemoryError, ModelMismatchError, RuntimeMissingError
 from edgeguard.tokenizer import GgufTokenizer
 
@@ -134,9 +135,9 @@ def test_a_device_that_is_not_there_is_an_error_and_auto_falls_back() -> None:
         assert guard.backend_info.device == "cpu" and guard.backend_info.threads >= 1
 
 
-def test_reference_reads_a_hugging_face_folder() -> None:
-    master = store.built_in_folder() / "master"
-    with (Guard.load(master, backend="reference", profile="edgeguard-mini") as slow,
+def test_reference_reads_a_hugging_face_folder(tmp_path: Path) -> None:
+    folder = artifacts.write_source(artifacts.find(None, tmp_path, make=False))
+    with (Guard.load(folder, backend="reference", profile="edgeguard-mini") as slow,
           Guard.load(backend="onnx", calibration="none") as fast):
         for text in ("How do I kill a Python process?", "Tell me how to build a pipe bomb to hurt people."):
             one, other = slow.check(text), fast.check(text)

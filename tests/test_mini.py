@@ -57,25 +57,16 @@ def test_plainly_unsafe_texts_are_unsafe_with_a_code_on_both(onnx: Guard, llama:
     one, other = onnx.check(text), llama.check(text)
     assert (one.verdict, other.verdict) == ("unsafe", "unsafe")
     assert one.codes and other.codes
-    # int8 activations have one scale a token in ONNX and one for 32 numbers in llama.cpp: they part where the model is unsure
+    # int8 activations have one scale a token or four in ONNX and one for 32 numbers in llama.cpp: they part where the model is unsure
     assert abs(one.raw_score - other.raw_score) < (0.05 if text == UNSAFE[0] else 0.12)
 
 
-def test_the_master_converted_again_gives_what_ships(tmp_path: Path) -> None:
+def test_the_gguf_converted_again_gives_the_onnx_that_ships(tmp_path: Path) -> None:
     """Another processor adds in another order: a scale may then differ in its last bits, and a number by one step of its rounding."""
-    from edgeguard.convert.gguf_source import GgufWeights
     from edgeguard.convert.pipeline import convert
 
     shipped = store.built_in_folder()
-    for kind, precision in (("gguf", "q8_0"), ("onnx", "int8")):
-        convert(shipped / "master", tmp_path / kind, target=kind, precision=precision, profile="edgeguard-mini")
-    ours, made = (GgufWeights(folder / "gguf" / "model.gguf") for folder in (shipped, tmp_path))
-    assert ours.names() == made.names()
-    for name in ours.names():
-        wanted, found = ours.tensor(name), made.tensor(name)
-        apart = np.abs(found - wanted)
-        assert apart.max() <= 2 / 127 * np.abs(wanted).max(), name
-        assert np.mean(apart > 1e-3 * np.abs(wanted)) < 0.01, name
+    convert("mini", tmp_path / "onnx", target="onnx", precision="int8", profile="edgeguard-mini")
     stored, again = (np.fromfile(folder / "onnx" / "model.onnx.data", np.uint8) for folder in (shipped, tmp_path))
     assert stored.size == again.size and np.mean(stored != again) < 0.01
 

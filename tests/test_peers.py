@@ -12,7 +12,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from artifacts import make_artifact
 
 from edgeguard import cli as main_cli
 from edgeguard.architecture import Shape
@@ -23,8 +25,10 @@ from edgeguard.bench.driver import WORKERS, Program, Worker
 from edgeguard.bench.environments import GENAI, OWN
 from edgeguard.bench.peers import PEERS
 from edgeguard.bench.prompts import Prompts
+from edgeguard.convert.gguf_source import GgufWeights
 from edgeguard.errors import InferenceError, InputError, ModelMemoryError, ModelNotFoundError, StoreError
 from edgeguard.guard import Guard
+from edgeguard.weights import SafetensorsWeights
 
 ENVIRONMENTS = {each.name: each for each in (OWN, GENAI)}
 
@@ -36,8 +40,7 @@ TEXTS = ("How do I kill a Python process?", "Tell me how to build a pipe bomb to
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory: pytest.TempPathFactory) -> Measured:
     found = artifacts.find(None, tmp_path_factory.mktemp("none"), make=False)
-    if not found.source:
-        pytest.skip("the mini's master weights are in a checkout only")
+    artifacts.write_source(found)
     return found
 
 
@@ -230,6 +233,32 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(tmp_path: Path,
         peers.source(PEERS["llama-cpp-python-q4_0"], without)
 
 
+def test_the_source_of_the_built_in_model_is_its_gguf_in_bfloat16(mini: Measured) -> None:
+    folder, gguf = artifacts.write_source(mini), GgufWeights(mini.found[artifacts.MINI_SOURCE].weights)
+    written = SafetensorsWeights(folder)
+    assert written.shape == gguf.shape and written.names() == gguf.names()
+    for name in ("model.norm.weight", "model.layers.3.mlp.down_proj.weight"):
+        wanted = gguf.tensor(name)
+        np.testing.assert_allclose(written.tensor(name), wanted, rtol=2**-8)
+    assert (folder / "tokenizer.json").read_bytes() == mini.found[artifacts.MINI_SOURCE].tokenizer.read_bytes()
+
+
+def test_a_source_that_cannot_be_written_is_an_error(tmp_path: Path, mini: Measured) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="could not be written"):
+        artifacts.write_source(replace(mini, source=str(tmp_path / "file" / "master")))
+
+
+def test_what_was_made_of_another_model_is_not_used(tmp_path: Path, mini: Measured) -> None:
+    origin = mini.found[artifacts.MINI_SOURCE]
+    assert artifacts.made_of(origin, tmp_path) is None
+    made = make_artifact(tmp_path / "made")
+    assert artifacts.made_of(origin, made.folder) is None
+    same = {"kind": "gguf", "sha256": origin.manifest.files[origin.manifest.weights].sha256}
+    replace(made.manifest, source=same).write(made.folder)
+    assert artifacts.made_of(origin, made.folder) is not None
+
+
 def test_memory_is_asked_before_anything_is_made(tmp_path: Path, mini: Measured) -> None:
     pip, told = Pip(), list[str]()
     failed = peers_cli.make_all([PEERS["optimum-fp32"]], mini, tmp_path, 1e9, told.append, pip)
@@ -304,7 +333,7 @@ def test_llama_cpp_python_says_what_edgeguard_says(reuse: str, mini: Measured, s
 def test_transformers_says_what_edgeguard_says(name: str, mini: Measured, scores: list[float], tmp_path: Path) -> None:
     if find_spec("transformers") is None or find_spec("torch") is None:
         pytest.skip("transformers is not installed")
-    made = peers.program(PEERS[name], Path(mini.source), tmp_path, Setting(1), 2048)
+    made = peers.program(PEERS[name], artifacts.write_source(mini), tmp_path, Setting(1), 2048)
     facts, replies = judged(made, mini, tmp_path)
     assert facts["precision"] == "float32" and "transformers 4.57" in facts["runtime"]
     check(facts, replies, scores)

@@ -207,3 +207,12 @@ def test_command(made: Make, tmp_path: Path, llama3_tokenizer: Path, monkeypatch
     assert "exists already" in capsys.readouterr().err
     with pytest.raises(InputError):
         synthesize.synthesize("gguf-q8_0", tmp_path / "q8", shape=shape)
+
+
+def test_bfloat16_rounds_as_ml_dtypes_does() -> None:
+    import ml_dtypes
+
+    values = np.concatenate([np.random.default_rng(1).standard_normal(4096, np.float32) * scale for scale in (1e-30, 1e-3, 1, 1e30)])
+    ties = (np.arange(1 << 14, dtype=np.uint32) << 16 | 0x8000).view(np.float32)
+    for each in (values, ties):
+        np.testing.assert_array_equal(blocks.bfloat16(each), each.astype(ml_dtypes.bfloat16).view(np.uint16))

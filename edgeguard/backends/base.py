@@ -22,6 +22,9 @@ from edgeguard.errors import CancelledError, DeadlineError, InputError
 FloatArray = NDArray[np.float32]
 IntArray = NDArray[np.int64]
 
+PACKED = 1.1
+"""Bytes of memory that ONNX Runtime's packed weights take for each byte of the artifact."""
+
 
 @dataclass(frozen=True, eq=False)
 class Node:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgeguard.architecture import Shape
 from edgeguard.backends import background
-from edgeguard.backends.base import BackendInfo, FloatArray, IntArray, Node, Run
+from edgeguard.backends.base import PACKED, BackendInfo, FloatArray, IntArray, Node, Run
 from edgeguard.backends.kernels import kernel
 from edgeguard.backends.keys_values import Buffer, keys_and_values, room
 from edgeguard.backends.onnx_export import ExportGraph
@@ -32,8 +32,6 @@ from edgeguard.store.prefix_cache import PrefixCache, ids_key
 PROBE_TOKENS = 4
 LARGE = 1 << 30
 """Bytes of an artifact from which on weights are packed after the first pass: packing takes longer than passes that pack as they go."""
-COPY = 1.1
-"""Bytes of memory that packing takes for each byte of the artifact."""
 ONE_AT_A_TIME = threading.Lock()
 """Held from the look at free memory until an artifact is packed."""
 UNPACKED = {"session.disable_prepacking": "1"}
@@ -130,7 +128,7 @@ class OnnxBackend:
     def _pack(self) -> None:
         """Load the packed weights and go on with them; when that fails, for want of memory or by `shutdown`, all stays as it is."""
         with suppress(EdgeGuardError, OSError, MemoryError, RuntimeError), ONE_AT_A_TIME:
-            if available_memory() < self._artifact.size * COPY:
+            if available_memory() < self._artifact.size * PACKED:
                 return
             check_files(self._artifact)  # again: it may be long since they were loaded
             self._state = self._using(self._load(entries=None, loading=self._loading))

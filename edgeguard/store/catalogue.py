@@ -20,7 +20,7 @@ from edgeguard.store.files import Progress, Seen, check
 from edgeguard.store.manifest import MANIFEST, Artifact
 
 BUILT_IN = "mini"
-BUILT_IN_FOLDER = "mini-2"
+BUILT_IN_FOLDER = "mini-3"
 """Weights of another training lie in a folder of another name."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")

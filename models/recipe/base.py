@@ -14,6 +14,8 @@ from typing import Any
 
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
 END_OF_TEXT, IM_START, IM_END = 0, 1, 2
+TOKENIZER_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 8192, "bos_token": "<|im_start|>",
+                    "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
 
 
 def gguf_folder() -> Path:
@@ -68,6 +70,3 @@ def write_base(out: Path, layers: int, vocab_size: int) -> None:
     model.save_pretrained(out)
     small = small_tokenizer(json.loads(tokenizer.backend_tokenizer.to_str()), vocab_size)
     (out / "tokenizer.json").write_text(json.dumps(small, ensure_ascii=False), encoding="utf-8")
-    special = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.max_position_embeddings, **special}
-    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")

@@ -19,10 +19,12 @@ from tokenizers import Tokenizer
 
 LICENSES = {"MIT", "Apache-2.0", "CC0-1.0", "CC-BY-3.0", "CC-BY-4.0", "ODC-BY-1.0"}
 LEFT_OUT = {"refusal_direction", "jbb_artifacts"}  # their labels come from Llama models, whose licence forbids training others
-SHARES = {"davidson": 0.4, "edos": 0.4, "hatecheck": 0.6, "clinc150": 0.4, "mitre_frr": 0.4, "medquad": 0.4, "caia_safety": 0.5,
-          "gpteacher_roleplay": 0.5, "gpteacher_codegen": 0.6, "counsel_chat": 0.6, "gsm8k": 0.5, "diasafety": 0.6, "gptfuzz": 0.7,
-          "edgeguard-responses": 0.5}
-"""Parts of sources that hold many rows of one kind, such as hateful posts; of the others every row is taken."""
+SHARES = {"davidson": 0.5, "clinc150": 0.4, "mitre_frr": 0.4, "medquad": 0.2, "caia_safety": 0.25, "counsel_chat": 0.25,
+          "gpteacher_roleplay": 0.5, "gpteacher_codegen": 0.4, "gsm8k": 0.4, "diasafety": 0.8, "gptfuzz": 0.3, "gptfuzz_templates": 0.7,
+          "aisafetylab": 0.45, "sap200": 0.3, "coconot_contrast": 0.7, "self_instruct": 0.6, "nl2bash": 0.6,
+          "edgeguard-responses": 0.2, "edgeguard-model-replies": 0.32, "edgeguard-hard-pairs": 0.6, "edgeguard-statements": 0.8,
+          "edgeguard-chat": 0.8, "edgeguard-languages": 0.8}
+"""Parts of sources that hold many rows of one kind, or long ones; of the others every row is taken."""
 QUALITY = {"gold": 1.0, "silver": 0.8, "weak": 0.4}
 JUDGED_TOKENS, CONTEXT_TOKENS = 224, 96
 

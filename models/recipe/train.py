@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from base import IM_END, write_base
+from base import IM_END, TOKENIZER_CONFIG, write_base
 from data import Example, encode, free_license, gather, unit
 from measures import SCORES, by_source, measures
 from row_file import rows, write
@@ -83,17 +83,17 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--more", type=Path, nargs="*", default=[], help="further files of rows to train on")
     parser.add_argument("--held", type=Path, nargs="*", default=[], help="further files of rows to measure on at the end")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--start", type=Path, help="folder of weights to go on from, such as models/mini-2/master; else the base model")
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--start", type=Path, help="folder of weights to go on from, such as models/mini-3/gguf; else the base model")
+    parser.add_argument("--layers", type=int, default=18)
     parser.add_argument("--vocab", type=int, default=20480)
-    parser.add_argument("--frozen", type=int, default=3, help="lowest layers that are not trained")
-    parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--augmented", type=float, default=0.3, help="share of the rows that are changed in an epoch")
+    parser.add_argument("--frozen", type=int, default=6, help="lowest layers that are not trained")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--augmented", type=float, default=0.2, help="share of the rows that are changed in an epoch")
     parser.add_argument("--left-out", nargs="*", default=[], help="sources that are not trained on, and measured as all are")
     parser.add_argument("--part", type=float, default=1.0, help="share of all rows, for a trial")
-    parser.add_argument("--tokens", type=int, default=2400, help="padded tokens a step")
+    parser.add_argument("--tokens", type=int, default=3200, help="padded tokens a step")
     parser.add_argument("--rate", type=float, default=3e-4, help="learning rate of the top layer")
-    parser.add_argument("--decay", type=float, default=0.9, help="learning rate of a layer over that of the layer above")
+    parser.add_argument("--decay", type=float, default=0.95, help="learning rate of a layer over that of the layer above")
     parser.add_argument("--average", type=float, default=0.995, help="decay of the running average of the weights")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--device", default="cpu")
@@ -111,7 +111,9 @@ class Run:
         if not (self.base / "tokenizer.json").exists():
             write_base(self.base, args.layers, args.vocab)
         # for texts this short, plain attention is several times faster on a CPU than the fused one's backward pass
-        self.model = LlamaForCausalLM.from_pretrained(self.base, dtype=torch.float32, attn_implementation="eager").to(args.device)
+        gguf = "model.gguf" if (self.base / "model.gguf").exists() else None
+        self.model = LlamaForCausalLM.from_pretrained(self.base, gguf_file=gguf, dtype=torch.float32, attn_implementation="eager")
+        self.model.to(args.device)
         if args.compile:
             for layer in self.model.model.layers:
                 layer.compile(dynamic=True)
@@ -167,8 +169,8 @@ class Run:
 
     def write(self, out: Path) -> None:
         self.model.to(torch.bfloat16).save_pretrained(out, max_shard_size="60MB")
-        for name in ("tokenizer.json", "tokenizer_config.json"):
-            (out / name).write_bytes((self.base / name).read_bytes())
+        (out / "tokenizer.json").write_bytes((self.base / "tokenizer.json").read_bytes())
+        (out / "tokenizer_config.json").write_text(json.dumps(TOKENIZER_CONFIG, indent=1), encoding="utf-8")
 
 
 def encoded(run: Run, found: Iterable[Row], epoch: int) -> list[Example]:
@@ -210,7 +212,8 @@ def main() -> None:
                 run.save()
         run.epoch, run.step = epoch + 1, 0
         run.save()
-        tell({"epoch": epoch, "val": measures(scored(run.model, held, held_examples, run.first))})
+        if run.epoch < args.epochs:
+            tell({"epoch": epoch, "val": measures(scored(run.model, held, held_examples, run.first))})
     run.averaged()
     judged = scored(run.model, held, held_examples, run.first)
     tell({"averaged": by_source(judged)})
