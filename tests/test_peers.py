@@ -28,6 +28,7 @@ from edgeguard.bench.prompts import Prompts
 from edgeguard.convert.gguf_source import GgufWeights
 from edgeguard.errors import InferenceError, InputError, ModelMemoryError, ModelNotFoundError, StoreError
 from edgeguard.guard import Guard
+from edgeguard.verdict import Verdict
 from edgeguard.weights import SafetensorsWeights
 
 ENVIRONMENTS = {each.name: each for each in (OWN, GENAI)}
@@ -302,23 +303,26 @@ def judged(program: Program, mini: Measured, tmp_path: Path) -> tuple[dict[str, 
     return reply["facts"], replies
 
 
-def check(facts: Mapping[str, Any], replies: Sequence[Mapping[str, Any]], scores: Sequence[float]) -> None:
+def check(facts: Mapping[str, Any], replies: Sequence[Mapping[str, Any]], said: Sequence[Verdict]) -> None:
     assert {"runtime", "device", "precision", "threads", "kernel", "bytes", "fallbacks"} <= facts.keys()
     assert facts["threads"] == 1 and facts["device"] == "cpu" and facts["bytes"] > 10e6
-    assert [each["raw"] for each in replies] == [["safe"], ["unsafe\nS8"], ["safe", "unsafe\nS8"]]
+    one, other = (each.raw for each in said)
+    assert [each["raw"] for each in replies] == [[one], [other], [one, other]]
     assert all(each["seconds"] > 0 for each in replies)
-    assert [each["scores"][0] for each in replies[:2]] == pytest.approx(scores, abs=0.02)
+    assert [each["scores"][0] for each in replies[:2]] == pytest.approx([each.raw_score for each in said], abs=0.02)
     assert replies[2]["scores"] == pytest.approx([each["scores"][0] for each in replies[:2]], abs=0.005), "whatever came before"
 
 
 @pytest.fixture(scope="module")
-def scores() -> list[float]:
+def said() -> list[Verdict]:
     with Guard.load(threads=1) as guard:
-        return [guard.check(text).score for text in TEXTS]
+        found = [guard.check(text) for text in TEXTS]
+    assert [verdict.verdict for verdict in found] == ["safe", "unsafe"]
+    return found
 
 
 @pytest.mark.parametrize("reuse", ["kept", "cache", "state"])
-def test_llama_cpp_python_says_what_edgeguard_says(reuse: str, mini: Measured, scores: list[float], tmp_path: Path) -> None:
+def test_llama_cpp_python_says_what_edgeguard_says(reuse: str, mini: Measured, said: list[Verdict], tmp_path: Path) -> None:
     if find_spec("llama_cpp") is None:
         pytest.skip("llama-cpp-python is not installed")
     peer = PEERS["llama-cpp-python-q4_k_m-state"]
@@ -326,17 +330,17 @@ def test_llama_cpp_python_says_what_edgeguard_says(reuse: str, mini: Measured, s
     made = peers.program(setting, mini.found["gguf-q8_0"].weights, tmp_path, Setting(1), 2048)
     facts, replies = judged(made, mini, tmp_path)
     assert facts["precision"] == "q8_0" and facts["context"] == 2048 and facts["reuse"] == reuse
-    check(facts, replies, scores)
+    check(facts, replies, said)
 
 
 @pytest.mark.parametrize("name", ["transformers-fp32", "kept-transformers-fp32"])
-def test_transformers_says_what_edgeguard_says(name: str, mini: Measured, scores: list[float], tmp_path: Path) -> None:
+def test_transformers_says_what_edgeguard_says(name: str, mini: Measured, said: list[Verdict], tmp_path: Path) -> None:
     if find_spec("transformers") is None or find_spec("torch") is None:
         pytest.skip("transformers is not installed")
     made = peers.program(PEERS[name], artifacts.write_source(mini), tmp_path, Setting(1), 2048)
     facts, replies = judged(made, mini, tmp_path)
     assert facts["precision"] == "float32" and "transformers 4.57" in facts["runtime"]
-    check(facts, replies, scores)
+    check(facts, replies, said)
 
 
 def test_a_worker_that_cannot_load_says_why(tmp_path: Path) -> None:
