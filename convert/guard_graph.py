@@ -271,21 +271,21 @@ class _Builder:
         return self.stepped[value]
 
     def int8_linear(self, value: str, name: str, tensor: QuantisedTensor | None) -> str:
-        graph, (rows, width) = self.graph, self.sizes[name]
+        width = self.sizes[name][1]
         if name.endswith(DOWN) and width % PARTS == 0:
             return self.int8_linear_in_parts(value, name, tensor)
         steps, largest = self.steps(value)
         table = self.int8_table(name, tensor, slice(0, width))
-        return graph.node("Mul", [self.int8_product(steps, table, self.int8_scales(name, tensor, rows)), largest])
+        return self.graph.node("Mul", [self.int8_product(steps, table, self.int8_scales(name, tensor)), largest])
 
     def int8_linear_in_parts(self, value: str, name: str, tensor: QuantisedTensor | None) -> str:
         """The sum of `PARTS` products, each of a part of the input (T, PARTS, width / PARTS) by its own largest activations."""
-        graph, (rows, width) = self.graph, self.sizes[name]
+        graph, width = self.graph, self.sizes[name][1]
         steps, largest = self.steps(graph.node("Reshape", [value, graph.constant([0, PARTS, width // PARTS])]))
         read = [graph.fresh("part") for _ in range(PARTS)]
         graph.node("Split", [steps], read, axis=1, num_outputs=PARTS)
         tables = [self.int8_table(name, tensor, slice(start, start + width // PARTS)) for start in range(0, width, width // PARTS)]
-        scales = self.int8_scales(name, tensor, rows)
+        scales = self.int8_scales(name, tensor)
         products = [self.int8_product(part, table, scales) for part, table in zip(read, tables, strict=True)]
         scaled = graph.node("Mul", [graph.node("Concat", products, axis=1), largest])
         return graph.node("ReduceSum", [scaled, graph.constant([1])], keepdims=0)
@@ -296,8 +296,8 @@ class _Builder:
         values = (tensor.values[:, columns][:, part].T for part in pieces(wide, rows)) if tensor else ()
         return self.graph.tensor(name if wide == width else f"{name}.{columns.start}", np.int8, [wide, rows], values)
 
-    def int8_scales(self, name: str, tensor: QuantisedTensor | None, rows: int) -> str:
-        return self.graph.tensor(f"{name}.scale", np.float32, [rows], [tensor.scales] if tensor else (), "int8")
+    def int8_scales(self, name: str, tensor: QuantisedTensor | None) -> str:
+        return self.graph.tensor(f"{name}.scale", np.float32, self.sizes[name][:1], [tensor.scales] if tensor else (), "int8")
 
     def int8_product(self, steps: str, table: str, scales: str) -> str:
         """Of bytes, times the layer's scales; each token's largest activation is still to be multiplied."""

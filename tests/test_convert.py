@@ -437,3 +437,10 @@ def test_missing_runtime_is_told_before_the_work(small: Path, tmp_path: Path,
     with pytest.raises(RuntimeMissingError, match=r"edgeguard\[llama\]"):
         convert(small, tmp_path / "out", target="gguf", precision="f32")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_artifact_converted_further_keeps_one_licence_prefix() -> None:
+    from edgeguard.convert.notices import artifact_name
+
+    assert artifact_name("llama-guard-2", "Llama-3-Guard-2-8B", "int8") == "Llama-3-Guard-2-8B-int8"
+    assert artifact_name("llama-guard-2", "meta-llama/Meta-Llama-Guard-2-8B", "int8") == "Llama-3-Guard-2-8B-int8"

@@ -66,7 +66,8 @@ def test_the_gguf_converted_again_gives_the_onnx_that_ships(tmp_path: Path) -> N
     from edgeguard.convert.pipeline import convert
 
     shipped = store.built_in_folder()
-    convert("mini", tmp_path / "onnx", target="onnx", precision="int8", profile="edgeguard-mini")
+    made = convert("mini", tmp_path / "onnx", target="onnx", precision="int8", profile="edgeguard-mini")
+    assert made.name == "edgeguard-mini-int8"
     stored, again = (np.fromfile(folder / "onnx" / "model.onnx.data", np.uint8) for folder in (shipped, tmp_path))
     assert stored.size == again.size and np.mean(stored != again) < 0.01
 

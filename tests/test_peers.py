@@ -317,7 +317,7 @@ def check(facts: Mapping[str, Any], replies: Sequence[Mapping[str, Any]], said: 
 def said() -> list[Verdict]:
     with Guard.load(threads=1) as guard:
         found = [guard.check(text) for text in TEXTS]
-    assert [verdict.verdict for verdict in found] == ["safe", "unsafe"]
+    assert [verdict.raw for verdict in found] == ["safe", "unsafe\nS1"]
     return found
 
 
