@@ -40,7 +40,7 @@ def gpu(
     out: Annotated[Path, typer.Option(help="Folder for result.json and for artifacts that have to be made.", show_default=False)],
     model: Annotated[str | None, typer.Option(help="Folder with artifacts of one model; the built-in one by default.")] = None,
     source: Annotated[str | None, typer.Option(help="Checkpoint to make lacking artifacts from; the built-in model's by default.")] = None,
-    profile: Annotated[str, typer.Option(help="Which guard model the source is.")] = "llama-guard-2",
+    profile: Annotated[str | None, typer.Option(help="Which guard model a source is that does not say so.", show_default=False)] = None,
     threads: ThreadsOption = None,
 ) -> None:
     """Check scores and verdicts on a CUDA device against the CPU's, and measure speed there."""
@@ -84,7 +84,8 @@ def _llama_reason() -> str:
     return ""
 
 
-def gather(model: str | None, source: str | None, profile: str, work: Path, runtimes: Mapping[str, str], errors: Console) -> Measured:
+def gather(model: str | None, source: str | None, profile: str | None, work: Path, runtimes: Mapping[str, str],
+           errors: Console) -> Measured:
     """The model's artifacts that a GPU can run, those that lack converted from the source; raises `ModelNotFoundError`."""
     place = store.locate(model)
     found = {f"{each.kind}-{each.manifest.precision}": each for each in store.scan(place) if isinstance(each, Artifact)}
@@ -110,12 +111,12 @@ def gather(model: str | None, source: str | None, profile: str, work: Path, runt
     return Measured(next(iter(fitting.values())).name, fitting, missing, chosen or "")
 
 
-def _profile(found: Mapping[str, Artifact], asked: str) -> str:
+def _profile(found: Mapping[str, Artifact], asked: str | None) -> str | None:
     """What the model's own artifacts say, else what was asked for."""
     return next((each.manifest.profile for each in found.values()), asked)
 
 
-def _made(label: str, source: str | None, profile: str, out: Path, errors: Console) -> Artifact:
+def _made(label: str, source: str | None, profile: str | None, out: Path, errors: Console) -> Artifact:
     if source is None:
         raise InputError("there is no checkpoint to make it from; name one with --source")
     from edgeguard.convert.pipeline import convert

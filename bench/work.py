@@ -20,7 +20,9 @@ def linears(shape: Shape) -> dict[str, Sizes]:
 
 
 def macs(shape: Shape, tokens: float, rows: float | None = None) -> dict[str, float]:
-    """Multiply-accumulates of one pass over `tokens`, by kind of matrix; attention and head are left out.
+    """Multiply-accumulates of one pass over `tokens`, by kind of matrix.
+
+    Attention, head, and the second terms in which an int8 graph reads near the input are left out: they are not counted as work done.
 
     With `rows` the last layer computes its keys and values for all tokens, and everything else for so many rows only.
     """

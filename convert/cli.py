@@ -14,7 +14,7 @@ from rich.text import Text
 
 from edgeguard.cli.console import CONTROL, facts, show, size, terminal, warn, write_json
 from edgeguard.convert import notices
-from edgeguard.convert.pipeline import PRECISIONS, convert
+from edgeguard.convert.pipeline import PRECISIONS, PROFILE, convert
 from edgeguard.loading import MAX_THREADS
 from edgeguard.profiles import NAMES
 from edgeguard.store import Manifest
@@ -29,17 +29,18 @@ SPEED_PERIOD = 300.0
 """Seconds that the time left is estimated from."""
 
 CHOICES = "; ".join(f"{target}: {', '.join(precisions)}" for target, precisions in PRECISIONS.items())
+OF_SOURCE = f"{', '.join(NAMES)}. By default an artifact's own, {PROFILE} for other sources."
 SHARED = "Quantise so that ONNX int8 and GGUF q8_0 (or int4 and q4_0) hold the very same weights."
 
 
 @app.command(context_settings={"help_option_names": ["-h", "--help"]})
 def main(
-    source: Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, or a .gguf file.", show_default=False)],
+    source: Annotated[str, typer.Argument(help="A Hugging Face folder, a hub id, a .gguf file, or a GGUF artifact.", show_default=False)],
     *,
     to: Annotated[str, typer.Option("--to", help=f"{' or '.join(PRECISIONS)}.", show_default=False)],
     precision: Annotated[str, typer.Option(help=f"{CHOICES}.", show_default=False)],
     out: Annotated[Path, typer.Option(help="The artifact's folder.", show_default=False)],
-    profile: Annotated[str, typer.Option(help=f"{', '.join(NAMES)}.")] = "llama-guard-2",
+    profile: Annotated[str | None, typer.Option(help=OF_SOURCE, show_default=False)] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.json, if not the source's own.", show_default=False)] = None,
     name: Annotated[str | None, typer.Option(help="The artifact's name, if not the default one.", show_default=False)] = None,
     exporter: Annotated[str, typer.Option(help="guard, or optimum (ONNX fp32 from a folder).")] = "guard",

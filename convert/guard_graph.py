@@ -8,7 +8,8 @@ Outputs, float32: `logits` (R, len(head_ids)); `new_key_{i}` (after RoPE) and `n
 
 Everything but the linear layers is computed in float32. In the last layer queries, attention and MLP are computed for the
 asked rows only. Linear layers: fp32 and fp16 by Gemm; 8 bits by MatMulIntegerToFloat, activations quantised token by token,
-so that a token's result does not depend on its neighbours in the pass; 4 bits by MatMulNBits.
+so that a token's result does not depend on its neighbours in the pass, some in parts or in two terms (`PARTS`, `FINE`);
+4 bits by MatMulNBits.
 """
 
 from __future__ import annotations
@@ -41,8 +42,13 @@ MODEL, DATA = "model.onnx", "model.onnx.data"
 FLOATS: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.float16}
 DOWN = "mlp.down_proj.weight"
 PARTS = 4
-"""Parts of what a down projection reads, each with its own largest activation: outliers, others for each token, coarsen one part only."""
+"""Parts of what a down projection reads in 8 bits, each with its own largest: outliers, others for each token, coarsen one part only."""
+FINE = ("self_attn.v_proj.weight", "self_attn.o_proj.weight", DOWN)
+"""Linear layers of 8 bits that read in two terms, 16 bits, near the input: half of the error in the built-in model's scores was theirs."""
+NEAR = 8
+"""Near the input is one layer of so many, rounded up: 3 of 18, 4 of 32."""
 STEP, MIDDLE = np.float32(1 / 127), np.uint8(128)  # of activations between -1 and 1 in 8 bits
+FINER = np.float32(1 / 254)  # a step of the second term over one of the first, whose rounding leaves half a step up or down
 
 INPUTS: dict[str, list[int | str]] = {
     "ids": ["T"], "positions": ["T"], "queries": ["G", "Q"], "places": ["T"], "keys": ["G", "S"], "rows": ["R"], "lanes": ["R"],
@@ -75,7 +81,8 @@ def build(weights: Weights, out_folder: Path, *, precision: Precision, head_ids:
     with an `identity` (source, settings, builder) a build that was killed is taken up again, see `convert.journal`.
     Raises `ConversionError` for weights that are not finite.
     """
-    graph = GraphWriter(out_folder, MODEL, DATA, identity)
+    layout = {"parts": PARTS, "fine": FINE, "near": NEAR}  # decides which tables there are, and what they are called
+    graph = GraphWriter(out_folder, MODEL, DATA, None if identity is None else {**identity, **layout})
     builder = _Builder(weights, graph, precision, quantised or _nothing, importance or _nothing, threads or default_threads(), progress)
     return builder.build(np.asarray(head_ids, np.int64))
 
@@ -92,7 +99,7 @@ class _Builder:
         self.weights, self.shape, self.precision, self.hook, self.progress = weights, weights.shape, precision, hook, progress
         self.graph, self.importance, self.threads = graph, importance, threads
         self.types: Counter[str] = Counter()
-        self.stepped: dict[str, tuple[str, str]] = {}
+        self.readings: dict[tuple[str, int, bool], tuple[list[str], str]] = {}
         self.sizes = expected(self.shape)
         self.done, self.total = 0, self.shape.parameters + (math.prod(self.sizes[EMBEDDING]) if self.shape.tied else 0)
         self.group = self.shape.heads // self.shape.kv_heads
@@ -259,36 +266,59 @@ class _Builder:
                            transB=1)
         return graph.node("Cast", [value], to=1) if half else value
 
-    def steps(self, value: str) -> tuple[str, str]:
-        """Activations in 8 bits and each token's largest, by which it is divided, so that one constant scale serves all."""
-        if value not in self.stepped:
-            graph = self.graph
-            largest = graph.node("ReduceMax", [graph.node("Abs", [value]), graph.constant([-1])])
-            largest = graph.node("Max", [largest, graph.constant(np.float32(1e-30))])
-            divided = graph.node("Div", [value, largest])
-            steps = graph.node("QuantizeLinear", [divided, graph.constant(STEP), graph.constant(MIDDLE)])
-            self.stepped[value] = steps, largest
-        return self.stepped[value]
-
     def int8_linear(self, value: str, name: str, tensor: QuantisedTensor | None) -> str:
-        width = self.sizes[name][1]
-        if name.endswith(DOWN) and width % PARTS == 0:
-            return self.int8_linear_in_parts(value, name, tensor)
-        steps, largest = self.steps(value)
-        table = self.int8_table(name, tensor, slice(0, width))
-        return self.graph.node("Mul", [self.int8_product(steps, table, self.int8_scales(name, tensor)), largest])
-
-    def int8_linear_in_parts(self, value: str, name: str, tensor: QuantisedTensor | None) -> str:
-        """The sum of `PARTS` products, each of a part of the input (T, PARTS, width / PARTS) by its own largest activations."""
+        """The product of activations in 8 bits, or the sum of several, each times what its activations were divided by."""
         graph, width = self.graph, self.sizes[name][1]
-        steps, largest = self.steps(graph.node("Reshape", [value, graph.constant([0, PARTS, width // PARTS])]))
-        read = [graph.fresh("part") for _ in range(PARTS)]
-        graph.node("Split", [steps], read, axis=1, num_outputs=PARTS)
-        tables = [self.int8_table(name, tensor, slice(start, start + width // PARTS)) for start in range(0, width, width // PARTS)]
-        scales = self.int8_scales(name, tensor)
-        products = [self.int8_product(part, table, scales) for part, table in zip(read, tables, strict=True)]
-        scaled = graph.node("Mul", [graph.node("Concat", products, axis=1), largest])
-        return graph.node("ReduceSum", [scaled, graph.constant([1])], keepdims=0)
+        fine = reads_finely(name, self.shape.layers)
+        parts = PARTS if not fine and name.endswith(DOWN) and width % PARTS == 0 else 1
+        steps, factors = self.read(value, width, parts, fine=fine)
+        tables = [self.int8_table(name, tensor, slice(start, start + width // parts)) for start in range(0, width, width // parts)]
+        scales = graph.tensor(f"{name}.scale", np.float32, self.sizes[name][:1], [tensor.scales] if tensor else (), "int8")
+        products = [self.int8_product(part, table, scales) for part, table in zip(steps, tables, strict=True)]
+        if not fine and parts == 1:
+            return graph.node("Mul", [*products, factors])
+        terms = products[0] if fine else graph.node("Concat", products, axis=1)
+        summed = graph.node("FusedMatMul", [factors, terms], domain="com.microsoft", transA=1)
+        return graph.node("Squeeze", [summed, graph.constant([1])])
+
+    def read(self, value: str, width: int, parts: int, *, fine: bool) -> tuple[list[str], str]:
+        """Activations in 8 bits, and what they are to be multiplied by; layers that read alike share them.
+
+        Plainly (T, width) and (T, 1); in parts a list of (T, 1, width / parts) and (T, parts, 1); finely (T, 2, width) and (T, 2, 1).
+        """
+        if (value, parts, fine) not in self.readings:
+            split = fine or parts > 1
+            rows = self.graph.node("Reshape", [value, self.graph.constant([0, parts, width // parts])]) if split else value
+            self.readings[value, parts, fine] = self.read_finely(rows) if fine else self.read_coarsely(rows, parts)
+        return self.readings[value, parts, fine]
+
+    def read_coarsely(self, rows: str, parts: int) -> tuple[list[str], str]:
+        """In steps of a 127th of the largest."""
+        graph = self.graph
+        divided, largest = self.divided(rows)
+        steps = graph.node("QuantizeLinear", [divided, graph.constant(STEP), graph.constant(MIDDLE)])
+        if parts == 1:
+            return [steps], largest
+        read = [graph.fresh("part") for _ in range(parts)]
+        graph.node("Split", [steps], read, axis=1, num_outputs=parts)
+        return read, largest
+
+    def read_finely(self, rows: str) -> tuple[list[str], str]:
+        """As a sum of two terms, the second one what the first one's rounding leaves."""
+        graph = self.graph
+        divided, largest = self.divided(rows)
+        coarse = graph.node("QuantizeLinear", [divided, graph.constant(STEP), graph.constant(MIDDLE)])
+        left = graph.node("Sub", [divided, graph.node("DequantizeLinear", [coarse, graph.constant(STEP), graph.constant(MIDDLE)])])
+        rest = graph.node("QuantizeLinear", [left, graph.constant(STEP * FINER), graph.constant(MIDDLE)])
+        factors = graph.node("Mul", [largest, graph.constant(np.array([[1], [FINER]], np.float32))])
+        return [graph.node("Concat", [coarse, rest], axis=1)], factors
+
+    def divided(self, rows: str) -> tuple[str, str]:
+        """Each row over its largest, so that one constant scale serves all, and the largest."""
+        graph = self.graph
+        largest = graph.node("ReduceMax", [graph.node("Abs", [rows]), graph.constant([-1])])
+        largest = graph.node("Max", [largest, graph.constant(np.float32(1e-30))])
+        return graph.node("Div", [rows, largest]), largest
 
     def int8_table(self, name: str, tensor: QuantisedTensor | None, columns: slice) -> str:
         """Some of a layer's columns, as rows of a table (columns, out)."""
@@ -296,11 +326,8 @@ class _Builder:
         values = (tensor.values[:, columns][:, part].T for part in pieces(wide, rows)) if tensor else ()
         return self.graph.tensor(name if wide == width else f"{name}.{columns.start}", np.int8, [wide, rows], values)
 
-    def int8_scales(self, name: str, tensor: QuantisedTensor | None) -> str:
-        return self.graph.tensor(f"{name}.scale", np.float32, self.sizes[name][:1], [tensor.scales] if tensor else (), "int8")
-
     def int8_product(self, steps: str, table: str, scales: str) -> str:
-        """Of bytes, times the layer's scales; each token's largest activation is still to be multiplied."""
+        """Of bytes, times the layer's scales; the activations' factors are still to be multiplied."""
         factors = [steps, table, self.graph.constant(STEP), scales, self.graph.constant(MIDDLE)]
         return self.graph.node("MatMulIntegerToFloat", factors, domain="com.microsoft")
 
@@ -312,6 +339,11 @@ class _Builder:
         scales = graph.tensor(f"{name}.scale", np.float32, [rows, width // BLOCK], [tensor.scales] if tensor else (), "int4")
         return graph.node("MatMulNBits", [value, table, scales], domain="com.microsoft", K=width, N=rows, bits=4,
                           block_size=BLOCK, accuracy_level=4)
+
+
+def reads_finely(name: str, layers: int) -> bool:
+    """Whether a layer of 8 bits gets its activations in two terms, one of `FINE` near the input."""
+    return name.endswith(FINE) and int(name.split(".")[2]) * NEAR < layers
 
 
 def _finite(name: str, parts: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:

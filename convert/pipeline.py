@@ -26,9 +26,9 @@ from edgeguard.convert.memory import MemoryMeter
 from edgeguard.convert.prefixes import Walked, save_prefix, walk
 from edgeguard.convert.quantize import Importance, QuantisedTensor, int4_blocks, int8_rows
 from edgeguard.convert.questions import Questions, questions_of
-from edgeguard.convert.smooth import STRENGTH, SmoothedWeights, ranges
+from edgeguard.convert.smooth import STRENGTH, STRENGTH_IN_4_BITS, SmoothedWeights, ranges
 from edgeguard.convert.source import Source, open_source
-from edgeguard.errors import ConversionError, EdgeGuardError, RuntimeMissingError, StoreError
+from edgeguard.errors import ConversionError, EdgeGuardError, ModelMismatchError, RuntimeMissingError, StoreError
 from edgeguard.machine import default_threads
 from edgeguard.profiles import Profile
 from edgeguard.profiles import get as get_profile
@@ -50,6 +50,8 @@ SHARED: dict[str, Callable[..., QuantisedTensor]] = {
 }
 """Precisions that both formats hold with the same weights, and how their linear layers are quantised then."""
 OUTER = (EMBEDDING, HEAD)
+PROFILE = "llama-guard-2"
+"""Of a source that does not say which guard model it is."""
 RUNTIMES = {"onnx": ("onnxruntime", "cpu"), "gguf": ("llama_cpp", "llama")}
 
 
@@ -71,6 +73,11 @@ class Plan:
     def partial(self) -> Path:
         """Where it is built."""
         return self.out.with_name(f"{self.out.name}.partial")
+
+    @property
+    def strength(self) -> float:
+        """With which outliers are smoothed into weights that get few bits."""
+        return STRENGTH_IN_4_BITS if SHARED.get(self.precision) is int4_blocks else STRENGTH
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,18 +110,20 @@ class Work:
         self.journal.finish(resume.MEMORY, self.meter.look())
 
 
-def convert(source: str | Path, out: str | Path, *, target: str, precision: str, profile: str = "llama-guard-2",
+def convert(source: str | Path, out: str | Path, *, target: str, precision: str, profile: str | None = None,
             tokenizer: str | Path | None = None, name: str | None = None, exporter: str = "guard", shared: bool = False,
             force: bool = False, threads: int | None = None, progress: Progress | None = None,
             tell: Callable[[str], None] | None = None) -> Manifest:
     """Convert a Hugging Face folder, a hub id or a GGUF into the artifact folder `out`, and hold it against its source.
 
-    `target` is `onnx` or `gguf`; `precision` one of `PRECISIONS[target]`; `shared` quantises so that the ONNX and the GGUF
+    `target` is `onnx` or `gguf`; `precision` one of `PRECISIONS[target]`; `profile` by default the one of an artifact, else
+    `PROFILE`; `shared` quantises so that the ONNX and the GGUF
     artifact hold the same weights; `exporter` is `guard` or `optimum` (ONNX fp32 from a folder); `force` replaces an
     artifact; `threads` by default the machine's choice; `progress(stage, done, total)`; `tell` gets sentences for people, first of all
     what disk and memory the work needs. The folder is built as `out`.partial and renamed when the gate is passed; what a killed
     run has left there is taken up where source, settings and builder are the same.
-    Raises `ConversionError` (also when the gate fails), `ModelError`, `StoreError`, `RuntimeMissingError`.
+    Raises `ConversionError` (also when the gate fails), `ModelError` (also when an artifact is of another profile), `StoreError`,
+    `RuntimeMissingError`.
     """
     out = Path(out)
     told = progress or (lambda _stage, _done, _total: None)
@@ -126,7 +135,7 @@ def convert(source: str | Path, out: str | Path, *, target: str, precision: str,
     with locked(_lock(out), timeout=0, what=str(out)):
         _check_target(out, force)
         opened = open_source(source, None if tokenizer is None else Path(tokenizer), told)
-        chosen = get_profile(profile)
+        chosen = _profile(opened, profile)
         plan = Plan(opened, out, cast(Kind, target), precision, chosen,
                     name or _default_name(chosen, opened, precision), exporter, shared, threads)
         _check_source(plan)
@@ -142,6 +151,14 @@ def convert(source: str | Path, out: str | Path, *, target: str, precision: str,
         except OSError as error:
             raise StoreError(f"{plan.partial} could not be written: {error.strerror or error}.") from error
     return manifest
+
+
+def _profile(source: Source, asked: str | None) -> Profile:
+    """The asked one; raises `ModelMismatchError` when the source was made for another."""
+    chosen = get_profile((source.profile or PROFILE) if asked is None else asked)
+    if source.profile is not None and chosen != get_profile(source.profile):
+        raise ModelMismatchError(f"{source.name} was made for the profile {source.profile!r}, not {chosen.name!r}. Leave --profile out.")
+    return chosen
 
 
 def _default_name(profile: Profile, source: Source, precision: str) -> str:
@@ -204,7 +221,7 @@ def _check_room(plan: Plan, questions: Questions, tell: Callable[[str], None]) -
 def _work(plan: Plan, questions: Questions, progress: Progress) -> Manifest:
     """Take up the partial folder or begin it, fill it, and give it its name."""
     settings = {"kind": plan.kind, "precision": plan.precision, "profile": plan.profile.name, "name": plan.name,
-                "exporter": plan.exporter, "shared": plan.shared, "strength": STRENGTH, "tokenizer": questions.tokenizer}
+                "exporter": plan.exporter, "shared": plan.shared, "strength": plan.strength, "tokenizer": questions.tokenizer}
     identity = resume.identity(plan.source.files, settings)
     journal = resume.take_up(plan.partial, identity)
     try:
@@ -259,7 +276,7 @@ def _ask_source(work: Work) -> Truth:
     probed = probe.probe(profile, questions.answers, rows, logits, walked.logits[count:])
     if observer is None:
         return Truth(work.plan.source.weights, lambda _name: None, rows, replace(walked, logits=logits), probed)
-    smoothed = SmoothedWeights(work.plan.source.weights, walked.observed)
+    smoothed = SmoothedWeights(work.plan.source.weights, walked.observed, work.plan.strength)
     prefixes = {role: (keys, smoothed.values(values)) for role, (keys, values) in walked.keys_values.items()}
     return Truth(smoothed, smoothed.importance, rows, replace(walked, logits=logits, keys_values=prefixes), probed)
 
@@ -273,12 +290,12 @@ def _save_prefixes(folder: Path, truth: Truth) -> dict[Role, str]:
 
 
 def _write_onnx(work: Work, truth: Truth) -> dict[str, int]:
-    from edgeguard.convert.guard_graph import PARTS, Precision, build
+    from edgeguard.convert.guard_graph import Precision, build
 
     plan = work.plan
     return build(truth.weights, plan.partial, precision=cast(Precision, plan.precision), head_ids=truth.rows,
                  quantised=_shared(plan, truth) if plan.shared else None, importance=truth.importance, threads=plan.threads,
-                 identity={**work.identity, "rows": truth.rows, "parts": PARTS}, progress=work.progress)
+                 identity={**work.identity, "rows": truth.rows}, progress=work.progress)
 
 
 def _write_optimum(work: Work, _truth: Truth) -> dict[str, int]:

@@ -17,8 +17,8 @@ from edgeguard.backends.base import FloatArray
 from edgeguard.convert.pieces import pieces
 from edgeguard.weights import Rows, Weights, expected
 
-STRENGTH = 0.55
-"""Of the move: 0 leaves all range to the activations, 1 gives all of it to the weights."""
+STRENGTH, STRENGTH_IN_4_BITS = 0.55, 0.4
+"""Of the move: 0 leaves all range to the activations, 1 gives all of it to the weights; in 4 bits these bear less of it."""
 LEAST = 1e-5  # of a peak: a channel that is always zero says nothing
 MOST = 100.0  # a factor, up or down
 READERS = {

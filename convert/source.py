@@ -29,6 +29,8 @@ class Source:
     weights: Weights
     tokenizer: Path | None
     """A tokenizer.json; None for a GGUF that carries its vocabulary inside and has none beside it."""
+    profile: str | None = None
+    """Name of the one that an artifact was made for; other sources do not say."""
 
     @property
     def folder(self) -> Path:
@@ -64,9 +66,10 @@ def open_source(given: str | Path, tokenizer: Path | None = None, progress: Prog
 
         if isinstance(model, Artifact):
             name, tokenizer = model.name.removesuffix(f"-{model.manifest.precision}"), tokenizer or model.tokenizer
+            profile = model.manifest.profile
         else:
-            name = model.weights.stem
-        return Source("gguf", name, model.weights, GgufWeights(model.weights), tokenizer)
+            name, profile = model.weights.stem, None
+        return Source("gguf", name, model.weights, GgufWeights(model.weights), tokenizer, profile)
     folder = model.folder
     beside = folder / "tokenizer.json"
     if tokenizer is None and not beside.is_file():

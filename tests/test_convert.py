@@ -395,6 +395,19 @@ def test_disk_need_is_the_size_of_the_artifact(made: Make, sources: Callable[[st
     assert needed.disk >= needed.artifact
 
 
+@pytest.mark.parametrize(("target", "precision", "strength"), [
+    ("onnx", "int8", 0.55), ("gguf", "q8_0", 0.55), ("gguf", "q4_k_m", 0.55), ("onnx", "int4", 0.4), ("gguf", "q4_0", 0.4),
+])
+def test_how_much_of_the_outliers_weights_take_over(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str,
+                                                    precision: str, strength: float) -> None:
+    def stop(_weights: object, _observed: object, given: float) -> None:
+        raise ConversionError(f"smoothed with {given}")
+
+    monkeypatch.setattr(pipeline, "SmoothedWeights", stop)
+    with pytest.raises(ConversionError, match=f"smoothed with {strength}$"):
+        convert(small, tmp_path / "out", target=target, precision=precision)
+
+
 def test_room_is_checked_before_anything_is_written(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     stages: list[str] = []

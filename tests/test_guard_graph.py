@@ -13,6 +13,7 @@ from edgeguard.architecture import Shape
 from edgeguard.backends.base import Node, Run
 from edgeguard.backends.packing import merge, passes
 from edgeguard.backends.reference import ReferenceBackend
+from edgeguard.convert import guard_graph
 from edgeguard.convert.guard_graph import build
 from edgeguard.convert.quantize import Int4Blocks, Int8Rows, QuantisedTensor, int4_blocks, int8_rows
 from edgeguard.errors import ConversionError
@@ -127,6 +128,34 @@ def test_lower_precisions_multiply_with_what_they_store(precision: Any, toleranc
 
     build(RandomWeights(SHAPE), tmp_path, precision=precision, head_ids=HEAD)
     np.testing.assert_allclose(run_graph(tmp_path, SHAPE, IDS)["logits"][0], wanted(Overlay(SHAPE, stored)), atol=tolerance)
+
+
+@pytest.mark.parametrize(("outlier", "kind"), [
+    ("input_layernorm", "self_attn.v_proj"), ("self_attn.v_proj", "self_attn.o_proj"), ("mlp.up_proj", "mlp.down_proj"),
+])
+def test_layers_near_the_input_bear_outliers(outlier: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is read with one large channel in it keeps of the others what 16 bits hold."""
+    weights, layer = RandomWeights(shape := replace(SHAPE, layers=1)), "model.layers.0."
+    weights._tensors[f"{layer}{outlier}.weight"][5] *= 300
+    for name in ("q", "k"):  # attention is to all tokens alike, so that only values depend on what it reads
+        weights._tensors[f"{layer}self_attn.{name}_proj.weight"][:] = 0
+    stored = RandomWeights(shape)
+    stored._tensors = {name: int8_rows(name, tensor).dequantised() if name.endswith("_proj.weight") else tensor
+                       for name, tensor in weights._tensors.items()}
+    error = {}
+    for fine in ((f"{kind}.weight",), ()):
+        monkeypatch.setattr(guard_graph, "FINE", fine)
+        build(weights, tmp_path / str(fine), precision="int8", head_ids=HEAD)
+        error[bool(fine)] = np.abs(run_graph(tmp_path / str(fine), shape, IDS)["logits"][0] - wanted(stored)).max()
+    assert error[True] < 0.5 * error[False]
+
+
+def test_the_first_eighth_reads_finely() -> None:
+    def count(layers: int) -> int:
+        return sum(guard_graph.reads_finely(f"model.layers.{layer}.mlp.down_proj.weight", layers) for layer in range(layers))
+
+    assert [count(layers) for layers in (1, 2, 18, 32)] == [1, 1, 3, 4]
+    assert not guard_graph.reads_finely("model.layers.0.mlp.up_proj.weight", 32)
 
 
 @pytest.mark.parametrize(("precision", "types"), [

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "models" / "recipe"))
 
 import left_out
 from measures import by_source
-from row_file import rows, write
+from row_file import write
 
 SIZES = {"hate": 50, "chats": 40, "chats_long": 30, "code": 20, "news": 10}
 
@@ -47,7 +47,6 @@ def test_a_row_is_scored_by_the_fold_that_left_its_source_out(
         """Scores high what it was trained on, low what was left out."""
         calls.append(command)
         out, left = Path(command[command.index("--out") + 1]), command[command.index("--left-out") + 1 :]
-        out.mkdir(parents=True)
         write(out / left_out.SCORES, ({**row, "score": 0.1 if row["source"] in left else 0.9} for row in held))
 
     monkeypatch.setattr(left_out.subprocess, "run", train)
@@ -60,4 +59,11 @@ def test_a_row_is_scored_by_the_fold_that_left_its_source_out(
     assert "| all | 4 |" in capsys.readouterr().out
     left_out.main()
     assert len(calls) == 2, "a fold that is done is not trained again"
-    assert len(list(rows(tmp_path / "out" / "fold-0" / left_out.SCORES))) == 4
+    monkeypatch.setattr(sys, "argv", ["left_out.py", *given[:-1], "2"])
+    with pytest.raises(SystemExit):
+        left_out.main()
+    assert "fold-0 was begun with other options" in capsys.readouterr().err
+    (tmp_path / "out" / "fold-0" / left_out.OPTIONS).unlink()
+    with pytest.raises(SystemExit):
+        left_out.main()
+    assert "does not say with which options" in capsys.readouterr().err and len(calls) == 2

@@ -20,6 +20,8 @@ from measures import SCORES, by_source
 from row_file import rows
 
 TRAIN = Path(__file__).with_name("train.py")
+OPTIONS = "options.json"
+"""Where a fold keeps what it was begun with: folds that were trained differently are not put into one table."""
 COLUMNS = ("rows", "f1", "recall", "fpr", "auprc", "ece")
 
 
@@ -32,6 +34,19 @@ def dealt(sizes: Mapping[str, int], folds: int) -> list[list[str]]:
     for sources in sorted(origins.values(), key=lambda names: -sum(sizes[name] for name in names)):
         min(hands, key=lambda hand: sum(sizes[name] for name in hand)).extend(sources)
     return hands
+
+
+def begin(out: Path, options: list[str], parser: argparse.ArgumentParser) -> None:
+    """Note a fold's options; ends the run when it was begun with others."""
+    begun = out / OPTIONS
+    if begun.exists():
+        if begun.read_text(encoding="utf-8") == json.dumps(options):
+            return
+        parser.error(f"{out} was begun with other options; give another --out, or delete it")
+    if out.exists():
+        parser.error(f"{out} does not say with which options it was begun; give another --out, or delete it")
+    out.mkdir(parents=True)
+    begun.write_text(json.dumps(options), encoding="utf-8")
 
 
 def table(measured: Mapping[str, Mapping[str, float]]) -> Iterable[str]:
@@ -52,9 +67,10 @@ def main() -> None:
     scored = []
     for fold, sources in enumerate(dealt(Counter(row["source"] for row in held), args.folds)):
         out = args.out / f"fold-{fold}"
+        options = ["--corpus", str(args.corpus.resolve()), "--out", str(out.resolve()), *training, "--left-out", *sources]
+        begin(out, options, parser)
         if not (out / SCORES).exists():
-            command = [sys.executable, TRAIN, "--corpus", args.corpus, "--out", out, *training, "--left-out", *sources]
-            subprocess.run([str(part) for part in command], check=True)  # noqa: S603
+            subprocess.run([sys.executable, str(TRAIN), *options], check=True)  # noqa: S603
         scored += [row for row in rows(out / SCORES) if row["source"] in sources]
     measured = by_source(scored)
     (args.out / "left-out.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")

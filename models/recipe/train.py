@@ -27,6 +27,8 @@ from synthetic.augment import augment
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
+from edgeguard.machine import cpu
+
 Row = dict[str, Any]
 
 
@@ -56,13 +58,18 @@ def answer_states(model: LlamaForCausalLM, batch: list[Example]) -> tuple[torch.
     return logits.float(), ids[row, column], torch.tensor([w for example in batch for w in example.weights], device=device)
 
 
+def halved(device: str) -> torch.autocast:
+    """Products in bfloat16, but not on a processor without units for it, where they take several times as long as in float32."""
+    return torch.autocast(device, torch.bfloat16, enabled=device != "cpu" or bool(cpu().flags & {"avx512_bf16", "bf16"}))
+
+
 @torch.no_grad()
 def scores(model: LlamaForCausalLM, examples: list[Example], first: tuple[int, int]) -> torch.Tensor:
     """P(unsafe) of each example, (rows,), from the first answer token."""
     model.eval()
     found = torch.zeros(len(examples))
     for batch in batches(examples, 6000, 0):
-        with torch.autocast(model.device.type, torch.bfloat16):
+        with halved(model.device.type):
             logits, _, _ = answer_states(model, [examples[i] for i in batch])
         starts = torch.tensor([0, *[len(examples[i].weights) for i in batch]]).cumsum(0)[:-1]
         found[torch.tensor(batch)] = logits[starts.to(logits.device)][:, list(first)].softmax(-1)[:, 1].float().cpu()
@@ -89,7 +96,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--frozen", type=int, default=6, help="lowest layers that are not trained")
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--augmented", type=float, default=0.2, help="share of the rows that are changed in an epoch")
-    parser.add_argument("--left-out", nargs="*", default=[], help="sources that are not trained on, and measured as all are")
+    parser.add_argument("--left-out", nargs="*", default=[], help="sources that are not trained on; validation is theirs then")
     parser.add_argument("--part", type=float, default=1.0, help="share of all rows, for a trial")
     parser.add_argument("--tokens", type=int, default=3200, help="padded tokens a step")
     parser.add_argument("--rate", type=float, default=3e-4, help="learning rate of the top layer")
@@ -150,7 +157,7 @@ class Run:
         warm = min(1.0, (self.steps + 1) / 50)
         for group in self.optimizer.param_groups:
             group["lr"] = self.args.rate * group["share"] * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * done)))
-        with torch.autocast(self.args.device, torch.bfloat16):
+        with halved(self.args.device):
             logits, targets, weights = answer_states(self.model, batch)
         loss = (F.cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
         loss.backward()
@@ -188,8 +195,11 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     run, log = Run(args), args.out / "log.jsonl"
     found = [row for row in gather(args.corpus, args.more, args.seed, args.left_out) if unit(f"part:{row['id']}", args.seed) < args.part]
-    held = [row for row in rows(args.corpus / "val.jsonl.gz") if free_license(row)]
+    held = [row for row in rows(args.corpus / "val.jsonl.gz")
+            if free_license(row) and (not args.left_out or row["source"] in args.left_out)]
     held += [row for path in args.held for row in rows(path)]
+    if not held:
+        raise SystemExit(f"No validation row is of {', '.join(args.left_out)}, and there is no --held to measure on.")
     held_examples = [encode(row, run.tokenizer, args.seed) for row in held]
 
     def tell(line: dict[str, Any]) -> None:
