@@ -44,7 +44,7 @@ DOWN = "mlp.down_proj.weight"
 PARTS = 4
 """Parts of what a down projection reads in 8 bits, each with its own largest: outliers, others for each token, coarsen one part only."""
 FINE = ("self_attn.v_proj.weight", "self_attn.o_proj.weight", DOWN)
-"""Linear layers of 8 bits that read in two terms, 16 bits, near the input: half of the error in the built-in model's scores was theirs."""
+"""Linear layers of 8 bits that read in two terms, 16 bits, near the input, where rounding moved the built-in model's scores most."""
 NEAR = 8
 """Near the input is one layer of so many, rounded up: 3 of 18, 4 of 32."""
 STEP, MIDDLE = np.float32(1 / 127), np.uint8(128)  # of activations between -1 and 1 in 8 bits
