@@ -156,8 +156,7 @@ def _made(label: str, origin: Artifact, out: Path, told: Told) -> Artifact:
     kind, _, precision = label.partition("-")
     told(f"Converting the built-in model to {label}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    convert(origin.folder, out, target=kind, precision=precision, profile=origin.manifest.profile,
-            name=f"{origin.name}-{precision}", force=True)
+    convert(origin.folder, out, target=kind, precision=precision, name=f"{origin.name}-{precision}", force=True)
     return Artifact.read(out)
 
 

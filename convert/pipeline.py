@@ -117,11 +117,11 @@ def convert(source: str | Path, out: str | Path, *, target: str, precision: str,
     """Convert a Hugging Face folder, a hub id or a GGUF into the artifact folder `out`, and hold it against its source.
 
     `target` is `onnx` or `gguf`; `precision` one of `PRECISIONS[target]`; `profile` by default the one of an artifact, else
-    `PROFILE`; `shared` quantises so that the ONNX and the GGUF
-    artifact hold the same weights; `exporter` is `guard` or `optimum` (ONNX fp32 from a folder); `force` replaces an
-    artifact; `threads` by default the machine's choice; `progress(stage, done, total)`; `tell` gets sentences for people, first of all
-    what disk and memory the work needs. The folder is built as `out`.partial and renamed when the gate is passed; what a killed
-    run has left there is taken up where source, settings and builder are the same.
+    `PROFILE`; `shared` quantises so that the ONNX and the GGUF artifact hold the same weights; `exporter` is `guard` or
+    `optimum` (ONNX fp32 from a folder); `force` replaces an artifact; `threads` by default the machine's choice;
+    `progress(stage, done, total)`; `tell` gets sentences for people, first of all what disk and memory the work needs. The folder
+    is built as `out`.partial and renamed when the gate is passed; what a killed run has left there is taken up where source,
+    settings and builder are the same.
     Raises `ConversionError` (also when the gate fails), `ModelError` (also when an artifact is of another profile), `StoreError`,
     `RuntimeMissingError`.
     """
