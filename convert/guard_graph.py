@@ -43,11 +43,11 @@ FLOATS: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.floa
 DOWN = "mlp.down_proj.weight"
 PARTS = 4
 """Parts of what a down projection reads in 8 bits, each with its own largest: outliers, others for each token, coarsen one part only."""
-FINE = ("self_attn.v_proj.weight", "self_attn.o_proj.weight", DOWN)
+FINE = ("self_attn.", DOWN)
 """Linear layers of 8 bits that read in two terms, 16 bits, near the input, where rounding moved the built-in model's scores most."""
-NEAR = 8
-"""Near the input is one layer of so many, rounded up: 3 of 18, 4 of 32."""
-STEP, MIDDLE = np.float32(1 / 127), np.uint8(128)  # of activations between -1 and 1 in 8 bits
+NEAR = 4
+"""Near the input is one layer of so many, rounded up: 5 of 18, 8 of 32."""
+STEP, MIDDLE = np.float32(1 / 127), np.uint8(128)  # of 8 bits between -1 and 1
 FINER = np.float32(1 / 254)  # a step of the second term over one of the first, whose rounding leaves half a step up or down
 
 INPUTS: dict[str, list[int | str]] = {
@@ -287,38 +287,40 @@ class _Builder:
         Plainly (T, width) and (T, 1); in parts a list of (T, 1, width / parts) and (T, parts, 1); finely (T, 2, width) and (T, 2, 1).
         """
         if (value, parts, fine) not in self.readings:
-            split = fine or parts > 1
-            rows = self.graph.node("Reshape", [value, self.graph.constant([0, parts, width // parts])]) if split else value
-            self.readings[value, parts, fine] = self.read_finely(rows) if fine else self.read_coarsely(rows, parts)
+            self.readings[value, parts, fine] = self.read_finely(value, width) if fine else self.read_coarsely(value, width, parts)
         return self.readings[value, parts, fine]
 
-    def read_coarsely(self, rows: str, parts: int) -> tuple[list[str], str]:
+    def read_coarsely(self, value: str, width: int, parts: int) -> tuple[list[str], str]:
         """In steps of a 127th of the largest."""
         graph = self.graph
-        divided, largest = self.divided(rows)
-        steps = graph.node("QuantizeLinear", [divided, graph.constant(STEP), graph.constant(MIDDLE)])
+        rows = graph.node("Reshape", [value, graph.constant([-1, width // parts])]) if parts > 1 else value
+        steps, middles = self.steps(rows)
+        read = graph.node("QuantizeLinear", [rows, steps, middles], axis=0)
         if parts == 1:
-            return [steps], largest
-        read = [graph.fresh("part") for _ in range(parts)]
-        graph.node("Split", [steps], read, axis=1, num_outputs=parts)
-        return read, largest
+            return [read], graph.node("Reshape", [steps, graph.constant([-1, 1])])
+        read = graph.node("Reshape", [read, graph.constant([-1, parts, width // parts])])
+        split = [graph.fresh("part") for _ in range(parts)]
+        graph.node("Split", [read], split, axis=1, num_outputs=parts)
+        return split, graph.node("Reshape", [steps, graph.constant([-1, parts, 1])])
 
-    def read_finely(self, rows: str) -> tuple[list[str], str]:
+    def read_finely(self, value: str, width: int) -> tuple[list[str], str]:
         """As a sum of two terms, the second one what the first one's rounding leaves."""
         graph = self.graph
-        divided, largest = self.divided(rows)
-        coarse = graph.node("QuantizeLinear", [divided, graph.constant(STEP), graph.constant(MIDDLE)])
-        left = graph.node("Sub", [divided, graph.node("DequantizeLinear", [coarse, graph.constant(STEP), graph.constant(MIDDLE)])])
-        rest = graph.node("QuantizeLinear", [left, graph.constant(STEP * FINER), graph.constant(MIDDLE)])
-        factors = graph.node("Mul", [largest, graph.constant(np.array([[1], [FINER]], np.float32))])
-        return [graph.node("Concat", [coarse, rest], axis=1)], factors
+        steps, middles = self.steps(value)
+        coarse = graph.node("QuantizeLinear", [value, steps, middles], axis=0)
+        left = graph.node("Sub", [value, graph.node("DequantizeLinear", [coarse, steps, middles], axis=0)])
+        rest = graph.node("QuantizeLinear", [left, graph.node("Mul", [steps, graph.constant(FINER)]), middles], axis=0)
+        terms = graph.node("Reshape", [graph.node("Concat", [coarse, rest], axis=1), graph.constant([-1, 2, width])])
+        factors = graph.node("Reshape", [steps, graph.constant([-1, 1, 1])])
+        return [terms], graph.node("Mul", [factors, graph.constant(np.array([[1], [FINER]], np.float32))])
 
-    def divided(self, rows: str) -> tuple[str, str]:
-        """Each row over its largest, so that one constant scale serves all, and the largest."""
-        graph = self.graph
-        largest = graph.node("ReduceMax", [graph.node("Abs", [rows]), graph.constant([-1])])
-        largest = graph.node("Max", [largest, graph.constant(np.float32(1e-30))])
-        return graph.node("Div", [rows, largest]), largest
+    def steps(self, rows: str) -> tuple[str, str]:
+        """Of 8 bits for each row, a 127th of its largest; and their middles. Largest and least are faster found than magnitudes written."""
+        graph, within = self.graph, self.graph.constant([-1])
+        most, least = (graph.node(reduction, [rows, within], keepdims=0) for reduction in ("ReduceMax", "ReduceMin"))
+        largest = graph.node("Max", [most, graph.node("Neg", [least]), graph.constant(np.float32(1e-30))])
+        steps = graph.node("Mul", [largest, graph.constant(STEP)])
+        return steps, graph.node("Expand", [graph.constant(MIDDLE), graph.node("Shape", [steps])])
 
     def int8_table(self, name: str, tensor: QuantisedTensor | None, columns: slice) -> str:
         """Some of a layer's columns, as rows of a table (columns, out)."""
@@ -328,7 +330,7 @@ class _Builder:
 
     def int8_product(self, steps: str, table: str, scales: str) -> str:
         """Of bytes, times the layer's scales; the activations' factors are still to be multiplied."""
-        factors = [steps, table, self.graph.constant(STEP), scales, self.graph.constant(MIDDLE)]
+        factors = [steps, table, self.graph.constant(np.float32(1)), scales, self.graph.constant(MIDDLE)]
         return self.graph.node("MatMulIntegerToFloat", factors, domain="com.microsoft")
 
     def int4_linear(self, value: str, name: str, tensor: QuantisedTensor | None) -> str:
@@ -343,7 +345,7 @@ class _Builder:
 
 def reads_finely(name: str, layers: int) -> bool:
     """Whether a layer of 8 bits gets its activations in two terms, one of `FINE` near the input."""
-    return name.endswith(FINE) and int(name.split(".")[2]) * NEAR < layers
+    return any(part in name for part in FINE) and int(name.split(".")[2]) * NEAR < layers
 
 
 def _finite(name: str, parts: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
