@@ -183,8 +183,8 @@ class _Builder:
         graph.input(f"past_{name}", np.float32, ["P", shape.kv_heads, shape.head_dim])
         graph.output(f"new_{name}", np.float32, ["T", shape.kv_heads, shape.head_dim])
         new = graph.node("Reshape", [new, graph.constant([0, shape.kv_heads, shape.head_dim])], [f"new_{name}"])
-        lanes = graph.node("Gather", [graph.node("Concat", [f"past_{name}", new], axis=0), keys], axis=0)
-        return graph.node("Transpose", [lanes], perm=[2, 0, 1, 3])
+        line = graph.node("Concat", [f"past_{name}", new], axis=0)
+        return graph.node("Gather", [graph.node("Transpose", [line], perm=[1, 0, 2]), keys], axis=1)  # lanes are many times the line
 
     def turns(self, positions: str) -> list[str]:
         """RoPE's places in its table, and the table: cosines and sines of these positions only, whatever the context."""
