@@ -72,7 +72,7 @@ class Measured:
         """For the result file."""
         artifacts = [
             {"label": label, "kind": each.kind, "precision": each.manifest.precision, "bytes": each.size,
-             "sha256": each.manifest.files[_largest(each)].sha256}
+             "sha256": each.manifest.files[_largest(each)].sha256, "digest": store.digest(each)}
             for label, each in self.found.items()
         ]
         return {"name": self.name, "profile": self.profile.name, "random": self.random, "shape": self.shape.to_dict(),

@@ -112,9 +112,12 @@ def _warnings(one: Result, other: Result) -> Iterator[str]:
         yield f"The machines differ ({'; '.join(machines)}): the ratios say more of them than of edgeguard."
     if models := list(_differences(one.model, other.model, MODEL)):
         yield f"The models differ ({'; '.join(models)})."
-    artifacts = [{each.get("label"): each.get("sha256") for each in result.model.get("artifacts") or ()} for result in (one, other)]
-    if changed := sorted(str(name) for name in artifacts[0].keys() & artifacts[1].keys() if artifacts[0][name] != artifacts[1][name]):
-        yield f"The weights of {', '.join(changed)} differ."
+    artifacts = [{str(each.get("label")): each for each in result.model.get("artifacts") or ()} for result in (one, other)]
+    shared = sorted(artifacts[0].keys() & artifacts[1].keys())
+    for what, key in (("weights", "sha256"), ("graphs", "digest")):  # a digest is of all files; older results have none
+        if changed := [label for label in shared if len({each[label].get(key) for each in artifacts} - {None}) > 1]:
+            yield f"The {what} of {', '.join(changed)} differ."
+            break
     first, second = ({"edgeguard": result.edgeguard, **(result.machine.get("packages") or {})} for result in (one, other))
     if versions := list(_differences(first, second, tuple(dict.fromkeys([*first, *second])))):
         yield f"The versions differ ({'; '.join(versions)})."

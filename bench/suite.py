@@ -114,7 +114,7 @@ def identity(suite: Suite, model: Measured, setting: Setting) -> dict[str, Any]:
     return {
         "suite": suite.name, "edgeguard": __version__, "cpu": f"{cpu.arch} {cpu.model}", "threads": setting.threads,
         "device": setting.device, "seed": setting.seed, "model": model.name,
-        "artifacts": {each["label"]: each["sha256"] for each in model.to_dict()["artifacts"]},
+        "artifacts": {each["label"]: each["digest"] for each in model.to_dict()["artifacts"]},
     }
 
 

@@ -43,11 +43,11 @@ FLOATS: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.floa
 DOWN = "mlp.down_proj.weight"
 PARTS = 4
 """Parts of what a down projection reads in 8 bits, each with its own largest: outliers, others for each token, coarsen one part only."""
-FINE = ("self_attn.", DOWN)
-"""Linear layers of 8 bits that read in two terms, 16 bits, near the input, where rounding moved the built-in model's scores most."""
+FINE = ("self_attn.", "mlp.down_proj.")
+"""In the names of linear layers that read in two terms of 8 bits near the input, where rounding moved the built-in model's scores most."""
 NEAR = 4
-"""Near the input is one layer of so many, rounded up: 5 of 18, 8 of 32."""
-STEP, MIDDLE = np.float32(1 / 127), np.uint8(128)  # of 8 bits between -1 and 1
+"""The first layers, one in so many, rounded up, are near the input: 5 of 18, 8 of 32."""
+STEP, ZERO = np.float32(1 / 127), np.uint8(128)  # of the largest, and the byte that stands for 0
 FINER = np.float32(1 / 254)  # a step of the second term over one of the first, whose rounding leaves half a step up or down
 
 INPUTS: dict[str, list[int | str]] = {
@@ -100,6 +100,7 @@ class _Builder:
         self.graph, self.importance, self.threads = graph, importance, threads
         self.types: Counter[str] = Counter()
         self.readings: dict[tuple[str, int, bool], tuple[list[str], str]] = {}
+        self.zeros: dict[tuple[str, int], str] = {}
         self.sizes = expected(self.shape)
         self.done, self.total = 0, self.shape.parameters + (math.prod(self.sizes[EMBEDDING]) if self.shape.tied else 0)
         self.group = self.shape.heads // self.shape.kv_heads
@@ -184,7 +185,8 @@ class _Builder:
         graph.output(f"new_{name}", np.float32, ["T", shape.kv_heads, shape.head_dim])
         new = graph.node("Reshape", [new, graph.constant([0, shape.kv_heads, shape.head_dim])], [f"new_{name}"])
         line = graph.node("Concat", [f"past_{name}", new], axis=0)
-        return graph.node("Gather", [graph.node("Transpose", [line], perm=[1, 0, 2]), keys], axis=1)  # lanes are many times the line
+        line = graph.node("Transpose", [line], perm=[1, 0, 2])  # before the gather, which repeats what lanes share
+        return graph.node("Gather", [line, keys], axis=1)
 
     def turns(self, positions: str) -> list[str]:
         """RoPE's places in its table, and the table: cosines and sines of these positions only, whatever the context."""
@@ -267,60 +269,74 @@ class _Builder:
         return graph.node("Cast", [value], to=1) if half else value
 
     def int8_linear(self, value: str, name: str, tensor: QuantisedTensor | None) -> str:
-        """The product of activations in 8 bits, or the sum of several, each times what its activations were divided by."""
+        """The product of activations in 8 bits, or the sum of several, each times the step of its activations."""
         graph, width = self.graph, self.sizes[name][1]
         fine = reads_finely(name, self.shape.layers)
         parts = PARTS if not fine and name.endswith(DOWN) and width % PARTS == 0 else 1
-        steps, factors = self.read(value, width, parts, fine=fine)
+        terms, steps = self.read(value, name, parts, fine=fine)
         tables = [self.int8_table(name, tensor, slice(start, start + width // parts)) for start in range(0, width, width // parts)]
         scales = graph.tensor(f"{name}.scale", np.float32, self.sizes[name][:1], [tensor.scales] if tensor else (), "int8")
-        products = [self.int8_product(part, table, scales) for part, table in zip(steps, tables, strict=True)]
+        products = [self.int8_product(term, table, scales) for term, table in zip(terms, tables, strict=True)]
         if not fine and parts == 1:
-            return graph.node("Mul", [*products, factors])
-        terms = products[0] if fine else graph.node("Concat", products, axis=1)
-        summed = graph.node("FusedMatMul", [factors, terms], domain="com.microsoft", transA=1)
+            return graph.node("Mul", [*products, steps])
+        product = products[0] if fine else graph.node("Concat", products, axis=1)
+        summed = graph.node("FusedMatMul", [steps, product], domain="com.microsoft", transA=1)
         return graph.node("Squeeze", [summed, graph.constant([1])])
 
-    def read(self, value: str, width: int, parts: int, *, fine: bool) -> tuple[list[str], str]:
-        """Activations in 8 bits, and what they are to be multiplied by; layers that read alike share them.
+    def read(self, value: str, name: str, parts: int, *, fine: bool) -> tuple[list[str], str]:
+        """What a layer reads in 8 bits, and the size of a step of it; layers that read alike share them.
 
         Plainly (T, width) and (T, 1); in parts a list of (T, 1, width / parts) and (T, parts, 1); finely (T, 2, width) and (T, 2, 1).
         """
         if (value, parts, fine) not in self.readings:
-            self.readings[value, parts, fine] = self.read_finely(value, width) if fine else self.read_coarsely(value, width, parts)
+            width, zeros = self.sizes[name][1], self.zeros_of(self.counted_by(name), parts)
+            read = self.read_finely(value, width, zeros) if fine else self.read_coarsely(value, width, parts, zeros)
+            self.readings[value, parts, fine] = read
         return self.readings[value, parts, fine]
 
-    def read_coarsely(self, value: str, width: int, parts: int) -> tuple[list[str], str]:
+    def read_coarsely(self, value: str, width: int, parts: int, zeros: str) -> tuple[list[str], str]:
         """In steps of a 127th of the largest."""
         graph = self.graph
         rows = graph.node("Reshape", [value, graph.constant([-1, width // parts])]) if parts > 1 else value
-        steps, middles = self.steps(rows)
-        read = graph.node("QuantizeLinear", [rows, steps, middles], axis=0)
+        steps = self.steps(rows)
+        whole = graph.node("QuantizeLinear", [rows, steps, zeros], axis=0)
         if parts == 1:
-            return [read], graph.node("Reshape", [steps, graph.constant([-1, 1])])
-        read = graph.node("Reshape", [read, graph.constant([-1, parts, width // parts])])
+            return [whole], graph.node("Reshape", [steps, graph.constant([-1, 1])])
+        whole = graph.node("Reshape", [whole, graph.constant([-1, parts, width // parts])])
         split = [graph.fresh("part") for _ in range(parts)]
-        graph.node("Split", [read], split, axis=1, num_outputs=parts)
+        graph.node("Split", [whole], split, axis=1, num_outputs=parts)
         return split, graph.node("Reshape", [steps, graph.constant([-1, parts, 1])])
 
-    def read_finely(self, value: str, width: int) -> tuple[list[str], str]:
+    def read_finely(self, value: str, width: int, zeros: str) -> tuple[list[str], str]:
         """As a sum of two terms, the second one what the first one's rounding leaves."""
         graph = self.graph
-        steps, middles = self.steps(value)
-        coarse = graph.node("QuantizeLinear", [value, steps, middles], axis=0)
-        left = graph.node("Sub", [value, graph.node("DequantizeLinear", [coarse, steps, middles], axis=0)])
-        rest = graph.node("QuantizeLinear", [left, graph.node("Mul", [steps, graph.constant(FINER)]), middles], axis=0)
+        steps = self.steps(value)
+        coarse = graph.node("QuantizeLinear", [value, steps, zeros], axis=0)
+        left = graph.node("Sub", [value, graph.node("DequantizeLinear", [coarse, steps, zeros], axis=0)])
+        rest = graph.node("QuantizeLinear", [left, graph.node("Mul", [steps, graph.constant(FINER)]), zeros], axis=0)
         terms = graph.node("Reshape", [graph.node("Concat", [coarse, rest], axis=1), graph.constant([-1, 2, width])])
-        factors = graph.node("Reshape", [steps, graph.constant([-1, 1, 1])])
-        return [terms], graph.node("Mul", [factors, graph.constant(np.array([[1], [FINER]], np.float32))])
+        steps = graph.node("Reshape", [steps, graph.constant([-1, 1, 1])])
+        return [terms], graph.node("Mul", [steps, graph.constant(np.array([[1], [FINER]], np.float32))])
 
-    def steps(self, rows: str) -> tuple[str, str]:
-        """Of 8 bits for each row, a 127th of its largest; and their middles. Largest and least are faster found than magnitudes written."""
+    def steps(self, rows: str) -> str:
+        """A step of 8 bits for each row, a 127th of its largest magnitude. Two reductions are faster than writing all magnitudes."""
         graph, within = self.graph, self.graph.constant([-1])
         most, least = (graph.node(reduction, [rows, within], keepdims=0) for reduction in ("ReduceMax", "ReduceMin"))
         largest = graph.node("Max", [most, graph.node("Neg", [least]), graph.constant(np.float32(1e-30))])
-        steps = graph.node("Mul", [largest, graph.constant(STEP)])
-        return steps, graph.node("Expand", [graph.constant(MIDDLE), graph.node("Shape", [steps])])
+        return graph.node("Mul", [largest, graph.constant(STEP)])
+
+    def counted_by(self, name: str) -> str:
+        """The graph's input with an entry for each token that a layer reads: of the last one, only keys and values are made for all."""
+        last = name.startswith(f"model.layers.{self.shape.layers - 1}.")
+        return "rows" if last and not name.endswith(("k_proj.weight", "v_proj.weight")) else "positions"
+
+    def zeros_of(self, tokens: str, parts: int) -> str:
+        """The zero points of as many rows as an input has entries, times the parts of each; made once."""
+        graph = self.graph
+        if (tokens, parts) not in self.zeros:
+            count = graph.node("Mul", [graph.node("Shape", [tokens]), graph.constant([parts])])
+            self.zeros[tokens, parts] = graph.node("Expand", [graph.constant(ZERO), count])
+        return self.zeros[tokens, parts]
 
     def int8_table(self, name: str, tensor: QuantisedTensor | None, columns: slice) -> str:
         """Some of a layer's columns, as rows of a table (columns, out)."""
@@ -328,9 +344,9 @@ class _Builder:
         values = (tensor.values[:, columns][:, part].T for part in pieces(wide, rows)) if tensor else ()
         return self.graph.tensor(name if wide == width else f"{name}.{columns.start}", np.int8, [wide, rows], values)
 
-    def int8_product(self, steps: str, table: str, scales: str) -> str:
-        """Of bytes, times the layer's scales; the activations' factors are still to be multiplied."""
-        factors = [steps, table, self.graph.constant(np.float32(1)), scales, self.graph.constant(MIDDLE)]
+    def int8_product(self, term: str, table: str, scales: str) -> str:
+        """Of bytes, times the layer's scales; the step of the activations is still to be multiplied."""
+        factors = [term, table, self.graph.constant(np.float32(1)), scales, self.graph.constant(ZERO)]
         return self.graph.node("MatMulIntegerToFloat", factors, domain="com.microsoft")
 
     def int4_linear(self, value: str, name: str, tensor: QuantisedTensor | None) -> str:

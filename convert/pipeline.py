@@ -28,10 +28,9 @@ from edgeguard.convert.quantize import Importance, QuantisedTensor, int4_blocks,
 from edgeguard.convert.questions import Questions, questions_of
 from edgeguard.convert.smooth import STRENGTH, STRENGTH_IN_4_BITS, SmoothedWeights, ranges
 from edgeguard.convert.source import Source, open_source
-from edgeguard.errors import ConversionError, EdgeGuardError, ModelMismatchError, RuntimeMissingError, StoreError
+from edgeguard.errors import ConversionError, EdgeGuardError, RuntimeMissingError, StoreError
 from edgeguard.machine import default_threads
-from edgeguard.profiles import Profile
-from edgeguard.profiles import get as get_profile
+from edgeguard.profiles import Profile, asked_for
 from edgeguard.store import Artifact, Kind, Manifest, PrefixRecord, home, records
 from edgeguard.store.catalogue import NAME
 from edgeguard.store.files import Progress, locked
@@ -135,7 +134,7 @@ def convert(source: str | Path, out: str | Path, *, target: str, precision: str,
     with locked(_lock(out), timeout=0, what=str(out)):
         _check_target(out, force)
         opened = open_source(source, None if tokenizer is None else Path(tokenizer), told)
-        chosen = _profile(opened, profile)
+        chosen = asked_for(opened.name, opened.profile, (opened.profile or PROFILE) if profile is None else profile)
         plan = Plan(opened, out, cast(Kind, target), precision, chosen,
                     name or _default_name(chosen, opened, precision), exporter, shared, threads)
         _check_source(plan)
@@ -151,14 +150,6 @@ def convert(source: str | Path, out: str | Path, *, target: str, precision: str,
         except OSError as error:
             raise StoreError(f"{plan.partial} could not be written: {error.strerror or error}.") from error
     return manifest
-
-
-def _profile(source: Source, asked: str | None) -> Profile:
-    """The asked one; raises `ModelMismatchError` when the source was made for another."""
-    chosen = get_profile((source.profile or PROFILE) if asked is None else asked)
-    if source.profile is not None and chosen != get_profile(source.profile):
-        raise ModelMismatchError(f"{source.name} was made for the profile {source.profile!r}, not {chosen.name!r}. Leave --profile out.")
-    return chosen
 
 
 def _default_name(profile: Profile, source: Source, precision: str) -> str:

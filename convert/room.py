@@ -22,7 +22,7 @@ from edgeguard.weights import EMBEDDING, expected, read_json
 
 FLOATS = {"fp32": 4, "fp16": 2}
 GGUF = 32  # bytes at which tensors begin
-GRAPH, GRAPH_LAYER = 12_000, 3_100  # bytes of model.onnx, and for each layer
+GRAPH, GRAPH_LAYER = 12_000, 12_000  # bytes of model.onnx, and for each layer
 PREFIX = 600  # bytes of a prefix file beside its numbers
 MANIFEST, MANIFEST_ID = 4_000, 9  # bytes of a manifest, and for each token id in it
 HEADER, HEADER_TENSOR = 1_500, 72  # bytes of a GGUF's header beside the vocabulary, and for each tensor

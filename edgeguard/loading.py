@@ -247,14 +247,12 @@ def scripted_parts(answer: Callable[[str], str], model: str | Path | None = None
 def profile_of(model: Model, asked: str | None = None) -> Profile:
     """Which guard model it is, by its manifest or as asked; raises `ModelMismatchError` when that is not known or contradicts it."""
     recorded = model.manifest.profile if isinstance(model, Artifact) else None
-    if asked is None and recorded is None:
+    wanted = recorded if asked is None else asked
+    if wanted is None:
         raise ModelMismatchError(
             f"{model.name} does not say which guard model it is. Name its profile: one of {', '.join(profiles.NAMES)}."
         )
-    chosen = profiles.get(asked if asked is not None else recorded or "")
-    if recorded is not None and chosen != profiles.get(recorded):
-        raise ModelMismatchError(f"{model.name} was converted for the profile {recorded!r}, not {chosen.name!r}.")
-    return chosen
+    return profiles.asked_for(model.name, recorded, wanted)
 
 
 def _tokenizer(path: Path) -> Tokenizer:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from edgeguard.errors import ModelNotFoundError
+from edgeguard.errors import ModelMismatchError, ModelNotFoundError
 from edgeguard.policy import Policy
 from edgeguard.taxonomy import LLAMA_GUARD_1, LLAMA_GUARD_2, LLAMA_GUARD_3, LLAMA_GUARD_3_1B, Taxonomy
 from edgeguard.verdict import Role
@@ -215,4 +215,12 @@ def get(name: str) -> Profile:
     profile = _BY_NAME.get(name.lower())
     if profile is None:
         raise ModelNotFoundError(f"There is no profile {name!r}; there are {', '.join(NAMES)}.")
+    return profile
+
+
+def asked_for(model: str, made_for: str | None, asked: str) -> Profile:
+    """The profile asked for; raises `ModelNotFoundError` where there is none, `ModelMismatchError` when the model was made for another."""
+    profile = get(asked)
+    if made_for is not None and profile != get(made_for):
+        raise ModelMismatchError(f"{model} was made for the profile {made_for!r}, not {profile.name!r}. Leave the profile out.")
     return profile

@@ -344,6 +344,14 @@ def test_differing_circumstances_are_warned_of(load: Load) -> None:
         assert part in told
 
 
+def test_another_graph_over_the_same_weights_is_warned_of(load: Load) -> None:
+    model = bench_result.result()["model"]
+    first, second = (
+        load(bench_result.result(model={**model, "artifacts": [{**model["artifacts"][0], "digest": digest}]})) for digest in ("ab", "cd")
+    )
+    assert compare(first, second).warnings == ("The graphs of int8 differ.",)
+
+
 # commands
 
 

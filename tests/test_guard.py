@@ -244,7 +244,7 @@ def test_loading_what_is_not_there() -> None:
         Guard.load(backend="scripted")
     with pytest.raises(InputError, match="threads"):
         Guard.load(threads=0)
-    with pytest.raises(ModelMismatchError, match="converted for"):
+    with pytest.raises(ModelMismatchError, match="made for the profile 'edgeguard-mini', not 'llama-guard-3-8b'"):
         Guard.load(profile="llama-guard-3-8b")
 
 

@@ -155,7 +155,18 @@ def test_the_first_quarter_reads_finely() -> None:
         return sum(guard_graph.reads_finely(f"model.layers.{layer}.mlp.down_proj.weight", layers) for layer in range(layers))
 
     assert [count(layers) for layers in (1, 2, 18, 32)] == [1, 1, 5, 8]
-    assert not guard_graph.reads_finely("model.layers.0.mlp.up_proj.weight", 32)
+    kinds = [name.removeprefix("model.layers.0.") for name in expected(SHAPE) if "layers.0." in name and "proj" in name]
+    assert {kind for kind in kinds if guard_graph.reads_finely(f"model.layers.7.{kind}", 32)} == {
+        kind for kind in kinds if "self_attn" in kind or "down_proj" in kind}
+    assert not any(guard_graph.reads_finely(f"model.layers.8.{kind}", 32) for kind in kinds)
+
+
+def test_a_token_of_zeros_reads_as_zeros(tmp_path: Path) -> None:
+    """Its largest magnitude is none to divide by."""
+    weights = RandomWeights(SHAPE)
+    weights._tensors["model.embed_tokens.weight"][IDS[1]] = 0
+    build(weights, tmp_path, precision="int8", head_ids=HEAD)
+    np.testing.assert_allclose(run_graph(tmp_path, SHAPE, IDS)["logits"][0], wanted(weights), atol=0.1)
 
 
 @pytest.mark.parametrize(("precision", "types"), [
