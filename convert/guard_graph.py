@@ -43,7 +43,7 @@ FLOATS: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.floa
 DOWN = "mlp.down_proj.weight"
 PARTS = 4
 """Parts of what a down projection reads in 8 bits, each with its own largest: outliers, others for each token, coarsen one part only."""
-FINE = ("self_attn.", "mlp.down_proj.")
+FINE = ("self_attn.", DOWN)
 """In the names of linear layers that read in two terms of 8 bits near the input, where rounding moved the built-in model's scores most."""
 NEAR = 4
 """The first layers, one in so many, rounded up, are near the input: 5 of 18, 8 of 32."""
