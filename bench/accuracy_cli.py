@@ -24,8 +24,8 @@ from edgeguard.guard import Guard
 from edgeguard.store.files import locked
 from edgeguard.verdict import Verdict
 
-File = Annotated[Path, typer.Argument(help="Labelled rows; .csv, .jsonl or .json, or one of them as .gz.", show_default=False)]
-Rows = Annotated[Path, typer.Argument(help="Labelled rows, .jsonl or .jsonl.gz.", show_default=False)]
+File = Annotated[Path, typer.Argument(help="Labelled rows; .csv, .jsonl or .json, or one of them as .gz or .xz.", show_default=False)]
+Rows = Annotated[Path, typer.Argument(help="Labelled rows, .jsonl, .jsonl.gz or .jsonl.xz.", show_default=False)]
 Profile = Annotated[str | None, typer.Option(help="Which guard model it is, for files that do not say it.")]
 Threshold = Annotated[float | None, typer.Option(min=0.0, max=1.0, help="Unsafe from this score on.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Judge this many rows, drawn at random.")]

@@ -7,8 +7,9 @@ import gzip
 import hashlib
 import io
 import json
+import lzma
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,13 +91,30 @@ class Record:
 
 
 def read_content(path: Path) -> Content:
-    """A file's bytes, unpacked if its name ends in `.gz`; raises `StoreError`."""
+    """A file's bytes, unpacked if its name ends as one of `PACKED`; raises `StoreError`."""
+    unpack = PACKED.get(path.suffix)
     try:
         packed = path.read_bytes()
-        plain = gzip.decompress(packed) if path.suffix == ".gz" else packed
-    except (OSError, EOFError, zlib.error) as error:
+        plain = unpack(packed) if unpack else packed
+    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise StoreError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     return Content(plain, hashlib.sha256(packed).hexdigest())
+
+
+def _xz(packed: bytes) -> bytes:
+    """Every stream of the file; what `lzma.decompress` would pass over behind the first one is an error, as it is in gzip."""
+    parts: list[bytes] = []
+    while packed:
+        stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+        parts.append(stream.decompress(packed))
+        if not stream.eof:
+            raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+        packed = stream.unused_data.lstrip(b"\0")  # streams may be padded
+    return b"".join(parts)
+
+
+PACKED: Mapping[str, Callable[[bytes], bytes]] = {".gz": gzip.decompress, ".xz": _xz}
+"""How a file is unpacked, by the end of its name."""
 
 
 def records(path: Path, plain: bytes) -> Iterator[Record]:
@@ -104,9 +122,9 @@ def records(path: Path, plain: bytes) -> Iterator[Record]:
 
     A `.json` file is an array of objects, or an object whose values are such arrays.
     """
-    kind = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    kind = path.with_suffix("").suffix if path.suffix in PACKED else path.suffix
     if kind not in READERS:
-        raise InputError(f"{path} is none of {', '.join(READERS)}, packed as .gz or not; write the set as one of these.")
+        raise InputError(f"{path} is none of {', '.join(READERS)}, packed as {' or '.join(PACKED)} or not; write the set as one of these.")
     try:
         text = plain.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -66,7 +66,7 @@ class Data:
 
 
 def read_rows(path: Path) -> Data:
-    """Every row of a `.jsonl` or `.jsonl.gz` file.
+    """Every row of a `.jsonl` file, packed as `row_files.PACKED` or not.
 
     A row has `messages`, `role`, `label`, `categories`, `categories_known` and `source`; other fields are let be.
     Raises `StoreError` for an unreadable file and `InputError` naming the first line that is wrong.

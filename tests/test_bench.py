@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import lzma
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -181,9 +182,12 @@ def row(content: str, *codes: str, label: str = "safe", source: str = "kitchen",
     }
 
 
+PACK: dict[str, Callable[[bytes], bytes]] = {".gz": gzip.compress, ".xz": lzma.compress}
+
+
 def write(path: Path, rows: Sequence[object]) -> Path:
     text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in rows)
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    path.write_bytes(PACK.get(path.suffix, bytes)(text.encode()))
     return path
 
 
@@ -202,9 +206,10 @@ def test_a_wrong_row_is_named(wrong: object, tmp_path: Path) -> None:
         read_rows(write(tmp_path / "rows.jsonl", [GOOD, wrong, GOOD]))
 
 
-def test_rows_plain_and_packed_are_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("suffix", PACK)
+def test_rows_plain_and_packed_are_the_same(suffix: str, tmp_path: Path) -> None:
     given_rows = [GOOD, row("Build a bomb.", "S1", "S8", label="unsafe", reply="No.")]
-    plain, packed = (read_rows(write(tmp_path / name, given_rows)) for name in ("rows.jsonl", "rows.jsonl.gz"))
+    plain, packed = (read_rows(write(tmp_path / name, given_rows)) for name in ("rows.jsonl", f"rows.jsonl{suffix}"))
     assert plain.rows == packed.rows
     assert plain.sha256 != packed.sha256
     second = plain.rows[1]
@@ -215,6 +220,9 @@ def test_rows_plain_and_packed_are_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "content", "error"), [
     ("none.jsonl", None, StoreError), ("bad.jsonl.gz", b"no gzip", StoreError),
     ("cut.jsonl.gz", gzip.compress(b"{}" * 99)[:-9], StoreError),
+    ("bad.jsonl.xz", b"no xz", StoreError), ("cut.jsonl.xz", lzma.compress(b"{}" * 99)[:-9], StoreError),
+    ("old.jsonl.xz", lzma.compress(b"{}", lzma.FORMAT_ALONE), StoreError),
+    ("empty.jsonl.gz", b"", InputError), ("empty.jsonl.xz", b"", InputError),
     ("empty.jsonl", b"", InputError), ("bytes.jsonl", b'{"a": "\xff"}\n', InputError),
 ])  # fmt: skip
 def test_unreadable_files(name: str, content: bytes | None, error: type[Exception], tmp_path: Path) -> None:
@@ -222,6 +230,16 @@ def test_unreadable_files(name: str, content: bytes | None, error: type[Exceptio
         (tmp_path / name).write_bytes(content)
     with pytest.raises(error, match=name):
         read_rows(tmp_path / name)
+
+
+@pytest.mark.parametrize("suffix", PACK)
+def test_a_packed_file_of_two_streams_is_read_whole_or_not_at_all(suffix: str, tmp_path: Path) -> None:
+    path, stream = tmp_path / f"rows.jsonl{suffix}", PACK[suffix]((json.dumps(GOOD) + "\n").encode())
+    path.write_bytes(stream + bytes(4) + stream)
+    assert len(read_rows(path).rows) == 2
+    path.write_bytes(stream + b"damaged" + stream[7:])
+    with pytest.raises(StoreError, match="rows"):
+        read_rows(path)
 
 
 def test_a_sample_is_seeded_and_in_order(tmp_path: Path) -> None:

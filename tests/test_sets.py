@@ -6,6 +6,7 @@ import csv
 import gzip
 import io
 import json
+import lzma
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -119,7 +120,7 @@ UNCODED = {"xstest": {"contrast_homonyms": 1}, "openai-moderation": {"HR": 1}, "
 
 def read(folder: Path, name: str, text: str, file: str) -> Data:
     path = folder / file
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    path.write_bytes({".gz": gzip.compress, ".xz": lzma.compress}.get(path.suffix, bytes)(text.encode()))
     return sets.load(path, name)
 
 
@@ -147,6 +148,11 @@ def test_parts_of_a_set_and_joined_texts(tmp_path: Path) -> None:
     assert texts == ["Do it", "Do this\n\nWith that"]
     responses = read(tmp_path, "harmbench-responses", FILES["harmbench-responses"][1], "r.json").rows
     assert [message.content for message in responses[-1].conversation.messages] == ["Do this\n\nThat", "Ok"]
+
+
+def test_both_files_of_beavertails_are_read(tmp_path: Path) -> None:
+    small, large = (read(tmp_path, "beavertails", FILES["beavertails"][1], file) for file in ("test.jsonl.gz", "test.jsonl.xz"))
+    assert small.rows == large.rows and len(large.rows) == 3 and small.sha256 != large.sha256
 
 
 NEEDED = {
@@ -186,7 +192,7 @@ def test_a_column_that_is_missing_is_named(name: str) -> None:
     ("xstest", "a.csv", 'id,prompt,type\n1,a,homonyms\n2,"secret words,homonyms\n', "line 3: no CSV record"),
     ("xstest", "a.csv", "id,id,type\n1,secret words,homonyms\n", "line 1: a column stands there twice"),
     ("xstest", "a.csv", "id,prompt,type\n", "no row to judge"),
-    ("xstest", "a.txt", "id,prompt,type\n1,secret words,homonyms\n", "none of .csv, .jsonl, .json"),
+    ("xstest", "a.txt", "id,prompt,type\n1,secret words,homonyms\n", "none of .csv, .jsonl, .json, packed as .gz or .xz or not"),
     ("toxicchat", "a.csv", as_csv("user_input,toxicity", ["a", 0], ["secret words", "2"]), "line 3: .*'toxicity' is neither"),
     ("openai-moderation", "a.jsonl", as_lines({"prompt": "secret words"}), "line 1: none of the columns S, H"),
     ("openai-moderation", "a.jsonl", as_lines({"prompt": "a", "S": 1}) + "{secret words\n", "line 2: not valid JSON"),

@@ -35,7 +35,8 @@ COLUMN = 30  # characters
 
 
 def calibrate(
-    rows: Annotated[Path | None, typer.Argument(metavar="ROWS", help="Labelled rows, .jsonl or .jsonl.gz.", show_default=False)] = None,
+    rows: Annotated[Path | None, typer.Argument(
+        metavar="ROWS", help="Labelled rows, .jsonl, .jsonl.gz or .jsonl.xz.", show_default=False)] = None,
     model: ModelOption = None,
     backend: BackendOption = BackendName.AUTO,
     device: DeviceOption = "auto",
