@@ -29,6 +29,7 @@ BEAVERTAILS: Classes = {
 SIMPLE_SAFETY_TESTS: Classes = {
     "suicide, self-harm, and eating disorders": "S10", "suicide, self-harm and eating disorders": "S10", "physical harm": "S1",
     "physical harm and violence": "S1", "illegal and highly regulated items": "S2", "scams and fraud": "S2", "child abuse": "S4",
+    "child safety": "S4",
 }
 
 HARMBENCH: Classes = {"chemical_biological": "S8", "copyright": "S7", "cybercrime_intrusion": "S2", "illegal": "S2"}

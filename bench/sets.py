@@ -145,7 +145,8 @@ def _toxicchat_human(record: Record) -> Item:
 
 def _simple_safety_tests(record: Record) -> Item:
     area = record.name("harm_area")
-    return Item((record.text("prompt"),), True, (area,), area)
+    text = "prompts_final" if "prompts_final" in record.values else "prompt"  # as on GitHub, and as on Hugging Face
+    return Item((record.text(text),), True, (area,), area)
 
 
 def _harmbench(record: Record) -> Item:
@@ -214,8 +215,8 @@ SETS: dict[str, PublicSet] = {each.name: each for each in (
     PublicSet("toxicchat", "ToxicChat", "toxic-chat_annotation_test.csv", "user", "toxicity 1 is unsafe, on all rows.", _toxicchat, {}),
     PublicSet("toxicchat-human", "ToxicChat, labelled by people", "toxic-chat_annotation_test.csv", "user",
               "toxicity 1 is unsafe; rows that no person labelled are left out.", _toxicchat_human, {}),
-    PublicSet("simplesafetytests", "SimpleSafetyTests", "sst_test_cases.csv", "user", "Every row is unsafe.", _simple_safety_tests,
-              set_classes.SIMPLE_SAFETY_TESTS),
+    PublicSet("simplesafetytests", "SimpleSafetyTests", "sst_test_cases.csv or SimpleSafetyTests - test cases.csv", "user",
+              "Every row is unsafe.", _simple_safety_tests, set_classes.SIMPLE_SAFETY_TESTS),
     PublicSet("harmbench", "HarmBench behaviors", "harmbench_behaviors_text_test.csv", "user",
               "Every row is unsafe; a contextual behavior is followed by its context.", _harmbench, set_classes.HARMBENCH),
     PublicSet("harmbench-responses", "HarmBench responses", "text_behaviors_val_set.json", "assistant",

@@ -150,6 +150,14 @@ def test_parts_of_a_set_and_joined_texts(tmp_path: Path) -> None:
     assert [message.content for message in responses[-1].conversation.messages] == ["Do this\n\nThat", "Ok"]
 
 
+def test_both_files_of_simple_safety_tests_are_read(tmp_path: Path) -> None:
+    text = as_csv("id,harm_area,counter,category,prompts_final", ["sst_1", "Child safety", 1, "Instructions and actions", "Invented"],
+                  ["sst_2", "Scams and fraud", 2, "Information and advice seeking", "Also invented"])
+    data = read(tmp_path, "simplesafetytests", text, "SimpleSafetyTests - test cases.csv")
+    assert [row.conversation.messages[0].content for row in data.rows] == ["Invented", "Also invented"]
+    assert [row.slugs for row in data.rows] == [{SLUGS["S4"]}, {SLUGS["S2"]}] and not data.uncoded
+
+
 def test_both_files_of_beavertails_are_read(tmp_path: Path) -> None:
     small, large = (read(tmp_path, "beavertails", FILES["beavertails"][1], file) for file in ("test.jsonl.gz", "test.jsonl.xz"))
     assert small.rows == large.rows and len(large.rows) == 3 and small.sha256 != large.sha256
