@@ -27,8 +27,8 @@ def accuracy(data: Data, answers: Sequence[Answer], judged: Judged, chosen: Mapp
              seed: int = 0) -> dict[str, Any]:
     """All measures over all rows, by role and by source, with the data and the model that they belong to.
 
-    They are at the guard's default threshold. `chosen` is a further one, `threshold` and where it is `from`: counts, and what follows from
-    them, are told at that one too. `best_f1` is the threshold that fits these rows best, so it says nothing of others.
+    They are at the guard's default threshold. `chosen` is a further one, `threshold` and where it is `from`: counts, what follows from
+    them, and categories are told at that one too. `best_f1` is the threshold that fits these rows best, so it says nothing of others.
     """
     pairs = list(zip(data.rows, answers, strict=True))
     slugs = judged.policy["slugs"]
@@ -37,13 +37,14 @@ def accuracy(data: Data, answers: Sequence[Answer], judged: Judged, chosen: Mapp
         "data": data_facts(data, seed), "model": dict(judged.model), "policy": dict(judged.policy),
         "calibration": dict(judged.calibration), "threshold": judged.threshold, "ece_bins": BINS,
         **_everywhere(pairs, lambda some: measures(some, judged.threshold, slugs, seed)),
-        "reliability": {"overall": reliability(pairs), "by_role": _groups(pairs, reliability, _role)},
-        "categories": categories(pairs, judged.threshold, slugs, seed), "confusion": confusion(pairs, judged.threshold, slugs),
+        "reliability": _by_role(pairs, reliability), **_category_tables(pairs, judged.threshold, slugs, seed),
         "best_f1": best and {"threshold": best[0], "f1": best[1], "chosen_on": "the rows it is told for"},
         "worst": worst(pairs, judged.threshold),
     }
     if chosen:
-        result["chosen"] = {**chosen, **_everywhere(pairs, lambda some: at_threshold(some, chosen["threshold"], slugs, seed))}
+        at = chosen["threshold"]
+        result["chosen"] = {**chosen, **_everywhere(pairs, lambda some: at_threshold(some, at, slugs, seed)),
+                            **_category_tables(pairs, at, slugs, seed)}
     return result
 
 
@@ -195,13 +196,17 @@ def model_facts(model: ModelIdentity) -> dict[str, Any]:
     return dict(vars(model))
 
 
+def _category_tables(pairs: Pairs, threshold: float, slugs: Mapping[str, str], seed: int) -> dict[str, Any]:
+    return {"categories": _by_role(pairs, lambda some: categories(some, threshold, slugs, seed)),
+            "confusion": _by_role(pairs, lambda some: confusion(some, threshold, slugs))}
+
+
 def _everywhere(pairs: Pairs, measure: Callable[[Pairs], dict[str, Any]]) -> dict[str, Any]:
-    return {"overall": measure(pairs), "by_role": _groups(pairs, measure, _role),
-            "by_source": _groups(pairs, measure, lambda row: row.source)}
+    return {**_by_role(pairs, measure), "by_source": _groups(pairs, measure, lambda row: row.source)}
 
 
-def _role(row: Row) -> str:
-    return row.conversation.role
+def _by_role(pairs: Pairs, measure: Callable[[Pairs], dict[str, Any]]) -> dict[str, Any]:
+    return {"overall": measure(pairs), "by_role": _groups(pairs, measure, lambda row: row.conversation.role)}
 
 
 def _groups(pairs: Pairs, measure: Callable[[Pairs], dict[str, Any]], key: Callable[[Row], str]) -> dict[str, Any]:

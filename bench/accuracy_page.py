@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ def page(result: Values, path: Path, data: Path | None = None) -> Markup:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{path} is no whole result of edgeguard bench accuracy ({type(error).__name__}: {error}).") from error
+        raise InputError(f"{path} is no whole result of this version's edgeguard bench accuracy; repeat the run "
+                         f"({type(error).__name__}: {error}).") from error
     return document(name, top, [each for each in shown if each.parts])
 
 
@@ -120,10 +121,23 @@ def _best(best: Values | None) -> str:
 
 
 def _measures(result: Values) -> list[Markup]:
-    made = [_measure_table(f"At the default threshold {result['threshold']:g}", {"all": result["overall"], **result["by_role"]})]
+    return [_measure_table(at, {"all": held["overall"], **held["by_role"]}) for at, held in _thresholds(result)]
+
+
+def _thresholds(result: Values) -> Iterator[tuple[str, Values]]:
+    """What is told at each threshold."""
+    yield f"At the default threshold {result['threshold']:g}", result
     if chosen := result.get("chosen"):
-        made.append(_measure_table(f"At {chosen['threshold']:.4g}, chosen elsewhere", {"all": chosen["overall"], **chosen["by_role"]}))
-    return made
+        yield f"At {chosen['threshold']:.4g}, chosen elsewhere", chosen
+
+
+def _tables(result: Values, key: str) -> Iterator[tuple[str, Values]]:
+    """What `key` holds at each threshold, for all rows and, where there are several, for each role; with what it is told for."""
+    for at, held in _thresholds(result):
+        roles = held[key]["by_role"]
+        for name, values in {"all rows": held[key]["overall"], **(roles if len(roles) > 1 else {})}.items():
+            if values:
+                yield f"{at}: {name}", values
 
 
 def _measure_table(caption: str, groups: Values) -> Markup:
@@ -172,19 +186,26 @@ def _calibration(result: Values) -> list[Markup]:
 
 
 def _categories(result: Values) -> list[Markup]:
+    return [_category_table(f"Recall by category. {told}", held) for told, held in _tables(result, "categories")]
+
+
+def _category_table(caption: str, held: Values) -> Markup:
     rows: list[list[Child]] = [
         [f"{code} {each['slug']}", str(each["rows"]), str(each["found"]), _one(with_interval(each["recall"], each["recall_95"])),
-         f"{each['right']} of {each['found']}"] for code, each in result["categories"].items()
+         f"{each['right']} of {each['found']}"] for code, each in held.items()
     ]
-    return [table("Recall by category", ("category", "rows", "found unsafe", "recall", "first code right"), rows)] if rows else []
+    return table(caption, ("category", "rows", "found unsafe", "recall", "first code right"), rows)
 
 
 def _confusion(result: Values) -> list[Markup]:
-    held = result["confusion"]
+    return [_confusion_table(f"First codes by category. {told}", held) for told, held in _tables(result, "confusion")]
+
+
+def _confusion_table(caption: str, held: Values) -> Markup:
     seen = {name for counts in held.values() for name in counts}
     columns = sorted(seen, key=lambda name: (name not in CODES, int(CODES.get(name, "S0")[1:]), name))
     rows: list[list[Child]] = [[_category(own), *(str(counts.get(name) or "") for name in columns)] for own, counts in held.items()]
-    return [table("Categories", ("", *map(_category, columns)), rows)]
+    return table(caption, ("", *map(_category, columns)), rows)
 
 
 def _category(slug: str) -> str:

@@ -121,19 +121,50 @@ def test_measures_at_the_default_and_at_a_given_threshold(scorer: Scorer, capsys
     assert "at 0.4, all" in shown and "role assistant" in shown and "Written to" in shown
 
 
+def figures(categories: dict[str, dict[str, Any]]) -> dict[str, tuple[int, int, int]]:
+    return {code: (each["rows"], each["found"], each["right"]) for code, each in categories.items()}
+
+
 def test_categories_confusion_and_the_worst_errors(scorer: Scorer) -> None:
     write(Path("rows.jsonl"))
     assert run("rows.jsonl", "--out", "out") == 0
     found = result()
-    assert {code: (each["rows"], each["found"], each["right"]) for code, each in found["categories"].items()} == {
-        "S1": (1, 1, 1), "S2": (1, 1, 1), "S9": (1, 1, 1), "S10": (1, 0, 0)}
-    assert found["confusion"] == {
+    assert figures(found["categories"]["overall"]) == {"S1": (1, 1, 1), "S2": (1, 1, 1), "S9": (1, 1, 1), "S10": (1, 0, 0)}
+    assert found["confusion"]["overall"] == {
         "violent-crimes": {"violent-crimes": 1}, "non-violent-crimes": {"violent-crimes": 1}, "hate": {"hate": 1}, "self-harm": {"safe": 1},
         "unknown": {"safe": 1}, "safe": {"non-violent-crimes": 1, "safe": 2, "no code": 1}}
     lines = {kind: [each["line"] for each in held] for kind, held in found["worst"].items()}
     assert lines == {"false_alarms": [3, 6], "misses": [7, 4]}
     assert found["best_f1"]["f1"] == pytest.approx(0.8) and found["best_f1"]["chosen_on"] == "the rows it is told for"
     assert all("invented" not in path.read_text("utf-8") and "bath" not in path.read_text("utf-8") for path in Path("out").iterdir())
+
+
+def test_categories_are_told_by_role_and_at_each_threshold(scorer: Scorer) -> None:
+    write(Path("rows.jsonl"), [row("0.9 S2 invented", "S2"), row("0.1 - hello"), row("0.2 - hm", "S2", reply="0.45 S1 an invented reply"),
+                               row("0.2 - hm", "S9", reply="0.8 S9 another")])
+    assert run("rows.jsonl", "--threshold", "0.4", "--out", "out") == 0 and report() == 0
+    found = result()
+    at = {name: {role: (figures(held["categories"]["by_role"][role]), held["confusion"]["by_role"][role]) for role in ("user", "assistant")}
+          for name, held in (("default", found), ("chosen", found["chosen"]))}
+    user = ({"S2": (1, 1, 1)}, {"non-violent-crimes": {"non-violent-crimes": 1}, "safe": {"safe": 1}})
+    assert at["default"] == {"user": user, "assistant": (
+        {"S2": (1, 0, 0), "S9": (1, 1, 1)}, {"non-violent-crimes": {"safe": 1}, "hate": {"hate": 1}})}
+    assert at["chosen"] == {"user": user, "assistant": (
+        {"S2": (1, 1, 0), "S9": (1, 1, 1)}, {"non-violent-crimes": {"violent-crimes": 1}, "hate": {"hate": 1}})}
+    assert [figures(held["categories"]["overall"])["S2"] for held in (found, found["chosen"])] == [(2, 1, 1), (2, 2, 1)]
+    page = Path("out", "report.html").read_text("utf-8")
+    told = [f"{threshold}: {rows}" for threshold in ("At the default threshold 0.5", "At 0.4, chosen elsewhere")
+            for rows in ("all rows", "assistant", "user")]
+    for title in ("Recall by category", "First codes by category"):
+        assert re.findall(rf"<caption>{title}\. (.*?)</caption>", page) == told
+
+
+def test_one_role_alone_has_no_table_of_its_own(scorer: Scorer) -> None:
+    write(Path("rows.jsonl"), [row("0.9 S2 invented", "S2"), row("0.1 - hello")])
+    assert run("rows.jsonl", "--out", "out") == 0 and report() == 0
+    page = Path("out", "report.html").read_text("utf-8")
+    captions = re.findall(r"<caption>(?:Recall|First codes) by category\. (.*?)</caption>", page)
+    assert captions == ["At the default threshold 0.5: all rows"] * 2
 
 
 def test_calibrated_and_raw_scores_both_have_an_error(scorer: Scorer) -> None:
@@ -281,7 +312,7 @@ def test_published_figures_stand_beside_their_set(scorer: Scorer) -> None:
 def test_a_result_that_is_not_whole_is_refused(scorer: Scorer, capsys: pytest.CaptureFixture[str]) -> None:
     write(Path("rows.jsonl"))
     assert run("rows.jsonl", "--out", "out") == 0
-    for key in ("overall", "worst", "reliability", "confusion"):
+    for key in ("overall", "worst", "reliability", "categories", "confusion"):
         with pytest.raises(InputError, match="no whole result"):
             accuracy_page.page({name: value for name, value in result().items() if name != key}, Path("out/result.json"))
     Path("out", "result.json").write_text('{"bench": "accuracy", "format": 1}')
