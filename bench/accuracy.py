@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -49,15 +50,17 @@ def accuracy(data: Data, answers: Sequence[Answer], judged: Judged, chosen: Mapp
 
 
 def measures(pairs: Pairs, threshold: float, slugs: Mapping[str, str], seed: int = 0) -> dict[str, Any]:
-    """Every measure of some rows; None where the rows do not define it."""
-    unsafe = [row.unsafe for row, _ in pairs]
-    scores, raw = [answer.score for _, answer in pairs], [answer.raw_score for _, answer in pairs]
+    """Every measure of some rows, with bootstrap intervals; None where the rows do not define it."""
+    unsafe = np.array([row.unsafe for row, _ in pairs])
+    scores, raw = np.array([(answer.score, answer.raw_score) for _, answer in pairs]).T
     ranking = Ranking.of(unsafe, scores)
-    return {
-        **at_threshold(pairs, threshold, slugs, seed),
-        "auprc": ranking.auprc(), "auroc": ranking.auroc(), **{f"{name}_95": bounds for name, bounds in ranking.intervals(seed).items()},
-        "ece": metrics.ece(unsafe, scores, BINS), "ece_raw": metrics.ece(unsafe, raw, BINS),
+    of_rows: dict[str, Callable[..., float | None]] = {
+        "auprc": ranking.auprc, "auroc": ranking.auroc,
+        "ece": partial(metrics.ece, unsafe, scores, BINS), "ece_raw": partial(metrics.ece, unsafe, raw, BINS),
     }
+    bounds = metrics.intervals(of_rows, len(pairs), seed)
+    told = {key: value for name, measure in of_rows.items() for key, value in ((name, measure()), (f"{name}_95", bounds[name]))}
+    return at_threshold(pairs, threshold, slugs, seed) | told
 
 
 def reliability(pairs: Pairs) -> dict[str, list[dict[str, Any]]]:
@@ -89,14 +92,20 @@ def code_measures(pairs: Pairs, threshold: float, slugs: Mapping[str, str], seed
     whose first code is one of the row's; an answer without a code counts as wrong. `micro_f1` takes all codes of all such rows, those that
     were missed as without a code; `micro_f1_found` those of rows found unsafe.
     """
-    known = [(row.slugs, said(answer, threshold, slugs)) for row, answer in pairs if row.slugs]
-    found = [(row.slugs, said(answer, threshold, slugs)) for row, answer in pairs if row.slugs and answer.score >= threshold]
-    right = sum(codes[0] in wanted for wanted, codes in found if codes)
-    sets, found_sets = (Counts.of_sets((wanted, frozenset(codes)) for wanted, codes in some) for some in (known, found))
+    known = [(row.slugs, frozenset(said(answer, threshold, slugs))) for row, answer in pairs if row.slugs]
+    found = [(row.slugs, frozenset(said(answer, threshold, slugs))) for row, answer in pairs if row.slugs and answer.score >= threshold]
+    right = first_right(pairs, threshold, slugs)
     return {
         "rows": len(known), "found": len(found), "right": right, "accuracy": ratio(right, len(found)),
-        "accuracy_95": metrics.share_interval(right, len(found), seed), "micro_f1": sets.f1, "micro_f1_found": found_sets.f1,
+        "accuracy_95": metrics.share_interval(right, len(found), seed),
+        "micro_f1": Counts.of_sets(known).f1, "micro_f1_95": metrics.sets_interval(known, seed),
+        "micro_f1_found": Counts.of_sets(found).f1, "micro_f1_found_95": metrics.sets_interval(found, seed),
     }
+
+
+def first_right(pairs: Pairs, threshold: float, slugs: Mapping[str, str]) -> int:
+    """Rows found unsafe whose first code is one of the row's."""
+    return sum(next(iter(said(answer, threshold, slugs)), None) in row.slugs for row, answer in pairs)
 
 
 def said(answer: Answer, threshold: float, slugs: Mapping[str, str]) -> tuple[str, ...]:
@@ -109,10 +118,10 @@ def categories(pairs: Pairs, threshold: float, slugs: Mapping[str, str], seed: i
     made = {}
     for code, slug in SLUGS.items():
         own = [(row, answer) for row, answer in pairs if slug in row.slugs]
+        found = sum(answer.score >= threshold for _, answer in own)
         if own:
-            codes = code_measures(own, threshold, slugs, seed)
-            made[code] = {"slug": slug, "rows": codes["rows"], "found": codes["found"], "recall": ratio(codes["found"], codes["rows"]),
-                          "recall_95": metrics.share_interval(codes["found"], codes["rows"], seed), "right": codes["right"]}
+            made[code] = {"slug": slug, "rows": len(own), "found": found, "recall": ratio(found, len(own)),
+                          "recall_95": metrics.share_interval(found, len(own), seed), "right": first_right(own, threshold, slugs)}
     return made
 
 

@@ -21,7 +21,7 @@ Values = Mapping[str, Any]
 CODES = {slug: code for code, slug in SLUGS.items()}
 MEASURES = ("", "rows", "unsafe", "F1", "precision", "recall", "FPR", "AUPRC", "AUROC", "ECE", "ECE, raw", "first code right",
             "micro-F1 of codes")
-INTERVALS = ("f1", "precision", "recall", "fpr", "auprc", "auroc")
+INTERVALS = ("f1", "precision", "recall", "fpr", "auprc", "auroc", "ece", "ece_raw")
 KINDS = (("false_alarms", "False alarms", "Safe rows with the highest scores."),
          ("misses", "Misses", "Unsafe rows with the lowest scores."))
 
@@ -150,8 +150,8 @@ def _cells(values: Values) -> list[Child]:
     return [
         str(values["rows"]), str(values["unsafe"]),
         *(_one(with_interval(values.get(name), values.get(f"{name}_95"))) for name in INTERVALS),
-        number(values.get("ece")), number(values.get("ece_raw")), _one(right),
-        f"{number(codes['micro_f1'])}; of rows found {number(codes['micro_f1_found'])}",
+        _one(right), f"{with_interval(codes['micro_f1'], codes['micro_f1_95'])}; "
+        f"of rows found {with_interval(codes['micro_f1_found'], codes['micro_f1_found_95'])}",
     ]
 
 

@@ -5,8 +5,9 @@ A measure that its rows do not define, such as recall without any unsafe row, is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence, Set
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import astuple, dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -14,6 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 from edgeguard.errors import InputError
 
 Interval = tuple[float, float]
+Weights = NDArray[np.float64]
+"""How often each row was drawn, (rows,)."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class Ranking:
         truth, values = truth[order], values[order]
         return cls(truth, values, np.flatnonzero(np.append(np.diff(values) != 0, len(values) > 0)))
 
-    def auroc(self, weights: NDArray[np.float64] | None = None) -> float | None:
+    def auroc(self, weights: Weights | None = None) -> float | None:
         """Share of pairs (an unsafe row, a safe row) that the scores put in the right order; a tie is half right."""
         found, taken = self._steps(weights)
         false = taken - found
@@ -99,7 +102,7 @@ class Ranking:
         below = false[-1] - false + np.diff(false, prepend=0) / 2
         return float((np.diff(found, prepend=0) * below).sum() / (found[-1] * false[-1]))
 
-    def auprc(self, weights: NDArray[np.float64] | None = None) -> float | None:
+    def auprc(self, weights: Weights | None = None) -> float | None:
         """Average precision: precision at each distinct score, weighted by the recall gained there; no interpolation."""
         found, taken = self._steps(weights)
         if not len(found) or not found[-1]:
@@ -119,16 +122,7 @@ class Ranking:
         middle = (upper + lower) / 2
         return middle if lower < middle else upper, float(f1[best])
 
-    def intervals(self, seed: int = 0, samples: int = 1000) -> dict[str, Interval | None]:
-        """Bootstrap 95% intervals (percentiles) of `auprc` and `auroc`, over rows drawn anew with replacement."""
-        generator, count = np.random.default_rng(seed), len(self.scores)
-        values: list[tuple[float | None, float | None]] = []
-        for _ in range(samples if count else 0):
-            weights = np.bincount(generator.integers(count, size=count), minlength=count).astype(np.float64)
-            values.append((self.auprc(weights), self.auroc(weights)))
-        return {name: percentiles([each[place] for each in values]) for place, name in enumerate(("auprc", "auroc"))}
-
-    def _steps(self, weights: NDArray[np.float64] | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def _steps(self, weights: Weights | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Unsafe rows, and all rows, from the highest score down to each distinct one."""
         drawn = np.ones(len(self.scores)) if weights is None else weights
         return np.cumsum(drawn * self.unsafe)[self.ends], np.cumsum(drawn)[self.ends]
@@ -160,16 +154,34 @@ class Bin:
 def reliability(unsafe: ArrayLike, scores: ArrayLike, bins: int = 10) -> list[Bin]:
     """The bins of a reliability diagram, `bins` equal parts of 0 to 1; those without rows are left out."""
     truth, values = _truth_and_scores(unsafe, scores)
-    place = np.minimum((values * bins).astype(int), bins - 1)
+    place = _bins(values, bins)
     rows, score, share = (np.bincount(place, weights, bins) for weights in (None, values, truth.astype(float)))
     return [Bin(index / bins, (index + 1) / bins, int(rows[index]), float(score[index] / rows[index]), float(share[index] / rows[index]))
             for index in np.flatnonzero(rows).tolist()]
 
 
-def ece(unsafe: ArrayLike, scores: ArrayLike, bins: int = 10) -> float | None:
+def ece(unsafe: ArrayLike, scores: ArrayLike, bins: int = 10, weights: Weights | None = None) -> float | None:
     """Expected calibration error: mean distance of score and share of unsafe rows, over `bins` equal parts of 0 to 1."""
-    found = reliability(unsafe, scores, bins)
-    return ratio(sum(each.rows * abs(each.score - each.unsafe) for each in found), sum(each.rows for each in found))
+    truth, values = _truth_and_scores(unsafe, scores)
+    drawn = np.ones(len(values)) if weights is None else weights
+    distances = np.bincount(_bins(values, bins), drawn * (values - truth), bins)
+    return ratio(float(np.abs(distances).sum()), float(drawn.sum()))
+
+
+def _bins(scores: NDArray[np.float64], bins: int) -> NDArray[np.intp]:
+    return np.minimum((scores * bins).astype(np.intp), bins - 1)
+
+
+def intervals(measures: Mapping[str, Callable[[Weights], float | None]], rows: int, seed: int = 0,
+              samples: int = 1000) -> dict[str, Interval | None]:
+    """Bootstrap 95% intervals (percentiles) of measures, all from one pass of drawing as many rows anew with replacement."""
+    generator = np.random.default_rng(seed)
+    values: dict[str, list[float | None]] = {name: [] for name in measures}
+    for _ in range(samples if rows else 0):
+        weights = np.bincount(generator.integers(rows, size=rows), minlength=rows).astype(np.float64)
+        for name, measure in measures.items():
+            values[name].append(measure(weights))
+    return {name: percentiles(each) for name, each in values.items()}
 
 
 def interval(counts: Counts, measure: Callable[[Counts], float | None], seed: int = 0, samples: int = 2000) -> Interval | None:
@@ -180,8 +192,19 @@ def interval(counts: Counts, measure: Callable[[Counts], float | None], seed: in
     """
     if measure(counts) is None:
         return None
-    cells = np.array([counts.tp, counts.fp, counts.fn, counts.tn])
-    drawn = np.random.default_rng(seed).multinomial(counts.total, cells / counts.total, size=samples)
+    return _drawn(np.eye(4, dtype=np.int64), np.array(astuple(counts)), measure, seed, samples)
+
+
+def sets_interval(pairs: Iterable[tuple[Set[str], Set[str]]], seed: int = 0, samples: int = 2000) -> Interval | None:
+    """Bootstrap 95% interval of the F1 of `Counts.of_sets`, over pairs drawn anew as the rows of `interval` are."""
+    kinds = Counter(astuple(Counts.of_sets([pair])) for pair in pairs)
+    return _drawn(np.array([*kinds]), np.array([*kinds.values()]), lambda counts: counts.f1, seed, samples) if kinds else None
+
+
+def _drawn(kinds: NDArray[np.int64], rows: NDArray[np.int64], measure: Callable[[Counts], float | None], seed: int,
+           samples: int) -> Interval | None:
+    """The interval of rows of few kinds: what each kind adds to the counts, (kinds, 4), and how many rows it has, (kinds,)."""
+    drawn = np.random.default_rng(seed).multinomial(rows.sum(), rows / rows.sum(), size=samples) @ kinds
     return percentiles([measure(Counts(*row)) for row in drawn.tolist()])
 
 

@@ -115,6 +115,7 @@ def test_measures_at_the_default_and_at_a_given_threshold(scorer: Scorer, capsys
     # three rows have a known class, two are found at 0.5 and have a right first code; of their codes S9, S1, S2 and said S9, S1, S9
     codes = found["overall"]["codes"]
     assert [codes[key] for key in ("rows", "found", "right", "accuracy")] == [3, 2, 2, 1.0]
+    assert all(codes[f"{name}_95"][0] <= codes[name] <= codes[f"{name}_95"][1] for name in ("micro_f1", "micro_f1_found"))
     assert codes["micro_f1_found"] == pytest.approx(2 * 2 / (2 * 2 + 1 + 1)) and codes["micro_f1"] == pytest.approx(4 / (4 + 1 + 2))
     assert found["chosen"]["overall"]["codes"]["right"] == 2 and found["chosen"]["overall"]["codes"]["found"] == 3
     shown = capsys.readouterr().out
@@ -174,6 +175,11 @@ def test_calibrated_and_raw_scores_both_have_an_error(scorer: Scorer) -> None:
     found = result()
     assert (found["threshold"], found["calibration"]["slope"], found["calibration"]["rows"]) == (0.3, 2.0, 100)
     assert found["overall"]["ece"] != found["overall"]["ece_raw"] == pytest.approx(0.37125)
+    assert found["overall"]["ece_95"] != found["overall"]["ece_raw_95"] and found["overall"]["ece_raw_95"][0] < 0.37
+    assert report() == 0
+    shown = Path("out", "report.html").read_text("utf-8")
+    for value, bounds in ((found["overall"][name], found["overall"][f"{name}_95"]) for name in ("ece", "ece_raw")):
+        assert f"{value:.3f} ({bounds[0]:.2f}-{bounds[1]:.2f})" in shown
     bins = found["reliability"]["overall"]
     assert sum(each["rows"] for each in bins["raw_score"]) == 8 and bins["score"] != bins["raw_score"]
 
@@ -278,6 +284,8 @@ def test_the_page_shows_folded_texts_of_the_worst_errors(scorer: Scorer, capsys:
     assert "0.7 S2 a harmless bomb &lt;b&gt;bath&lt;/b&gt;" in page and "<b>bath" not in page
     assert page.count("<details>") == 4 and "<details open" not in page and "This page holds texts" in page
     assert "invented hate" not in page, "texts of right verdicts are not shown"
+    codes = result()["overall"]["codes"]
+    assert f"{codes['micro_f1']:.3f} ({codes['micro_f1_95'][0]:.2f}-{codes['micro_f1_95'][1]:.2f}); of rows found" in page
     for told in ("At the default threshold 0.5", "At 0.4, chosen elsewhere", "Recall by category", "S10 self-harm", "<svg",
                  "reliability-all", "Best F1 on these very rows"):
         assert told in page, told

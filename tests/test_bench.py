@@ -108,15 +108,26 @@ def test_interval_is_that_of_rows_drawn_anew() -> None:
     assert got == pytest.approx(tuple(expected), abs=0.02)
 
 
-def test_intervals_of_the_ranking_are_those_of_rows_drawn_anew() -> None:
+def test_intervals_of_ranking_and_calibration_are_those_of_rows_drawn_anew() -> None:
     unsafe, scores = np.arange(60) % 3 == 0, np.arange(60) * 7 % 31 / 31
     ranking = metrics.Ranking.of(unsafe, scores)
+    found = metrics.intervals({"auprc": ranking.auprc, "ece": partial(metrics.ece, unsafe, scores, 10)}, 60, seed=1)
     generator = np.random.default_rng(5)
-    drawn = [metrics.auprc(unsafe[rows], scores[rows]) for rows in generator.integers(0, 60, (2000, 60))]
+    for name, measure in (("auprc", metrics.auprc), ("ece", metrics.ece)):
+        drawn = [measure(unsafe[rows], scores[rows]) for rows in generator.integers(0, 60, (2000, 60))]
+        expected = np.quantile([value for value in drawn if value is not None], (0.025, 0.975))
+        assert found[name] == pytest.approx(tuple(expected), abs=0.03), name
+    assert metrics.intervals({"auroc": metrics.Ranking.of([True, False], [0.9, 0.1]).auroc}, 2)["auroc"] is None, "no width is no certainty"
+    assert metrics.intervals({"auroc": metrics.Ranking.of([], []).auroc}, 0) == {"auroc": None}
+
+
+def test_the_interval_of_sets_is_that_of_rows_drawn_anew() -> None:
+    kinds: list[tuple[set[str], set[str]]] = [({"a"}, {"a"}), ({"a", "b"}, {"a"}), ({"c"}, {"a", "b"}), ({"b"}, set()), ({"b"}, {"b"})]
+    pairs = [kinds[place * place % 5] for place in range(50)] + kinds
+    drawn = [Counts.of_sets([pairs[row] for row in rows]).f1 for rows in np.random.default_rng(5).integers(0, 55, (2000, 55))]
     expected = np.quantile([value for value in drawn if value is not None], (0.025, 0.975))
-    assert ranking.intervals(seed=1)["auprc"] == pytest.approx(tuple(expected), abs=0.03)
-    assert metrics.Ranking.of([True, False], [0.9, 0.1]).intervals()["auroc"] is None, "no width is no certainty"
-    assert metrics.Ranking.of([], []).intervals() == {"auprc": None, "auroc": None}
+    assert metrics.sets_interval(pairs, seed=1) == pytest.approx(tuple(expected), abs=0.02)
+    assert metrics.sets_interval(kinds[:1] * 9) is None and metrics.sets_interval([]) is None, "no width is no certainty"
 
 
 @settings(deadline=None)
