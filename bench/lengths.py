@@ -56,10 +56,10 @@ def _measure(contender: Contender, length: Length, cells: dict[str, Cell], promp
     with Worker(contender.program, log) as worker:
         worker.load()
         facts = {"bytes": contender.bytes, **worker.facts}
-        before = worker.memory()
         warm = prompts.items("safe", TOKENS, 0, 1)  # every path once; its time is that of a cold call
         worker.judge(warm, prompts.answers, threshold=1.0)
         worker.judge(warm, prompts.answers, threshold=0.0)
+        before = worker.memory()  # behind the second message, since weights may be packed behind the first
         with worker.watched() as peak:
             for answer in length.answers:
                 items = prompts.items(answer, length.tokens, 0, SPARE * length.runs)
@@ -77,8 +77,8 @@ def _measure(contender: Contender, length: Length, cells: dict[str, Cell], promp
 def above_weights(cell: Cell, contender: Contender, facts: dict[str, object], before: dict[str, int | None], peak: Peak) -> Cell:
     """Peak of the memory that is no mapped file, less the weights in it.
 
-    The weights in memory are what was anonymous after loading, less the keys and values that a backend allocates at load for
-    its whole context (`kv_at_load`); never more than the weights are on disk.
+    The weights in memory are what was anonymous after two short messages, less the keys and values that a backend allocates at
+    load for its whole context (`kv_at_load`); never more than the weights are on disk.
     """
     resident = peak.anonymous if peak.anonymous is not None else peak.resident
     loaded = before["anonymous"] if before["anonymous"] is not None else before["resident"] or 0

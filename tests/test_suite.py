@@ -12,15 +12,16 @@ from typing import Any
 import pytest
 
 from edgeguard import cli as main_cli
-from edgeguard.bench import artifacts, assemble, ceilings, contenders, lengths, speed_cli, suite, targets, texts, visits
+from edgeguard.bench import artifacts, assemble, ceilings, contenders, fidelity, lengths, speed_cli, suite, targets, texts, visits
 from edgeguard.bench.cells import Cell, Step, Store, merged
-from edgeguard.bench.contenders import Contender
+from edgeguard.bench.contenders import Contender, Setting
 from edgeguard.bench.cost import Power
 from edgeguard.bench.driver import WORKERS, Peak, Program, Worker
 from edgeguard.bench.estimate import Guess, probe
 from edgeguard.bench.lengths import Length, above_weights
 from edgeguard.bench.prompts import Prompts, accepted
 from edgeguard.bench.result import read_result
+from edgeguard.bench.rows import read_rows
 from edgeguard.bench.suite import Suite
 from edgeguard.bench.targets import TARGETS, Target
 from edgeguard.bench.visits import Samples, Stream, judged
@@ -278,6 +279,14 @@ def test_the_peak_is_counted_above_the_weights(tmp_path: Path) -> None:
     assert above_weights(cell("m"), one, {}, before, Peak(3000, 1200)).samples == (500,)
 
 
+def test_weights_that_are_packed_behind_the_first_message_are_weights(tmp_path: Path, prompts: Prompts, mini: artifacts.Measured) -> None:
+    packing = "self.packed = getattr(self, 'packed', None) or bytearray(b'x') * (96 << 20)"
+    one = replace(contender(tmp_path, judge=packing), bytes=1 << 30)
+    (step,) = lengths.steps([one], [Length(lengths.LONGEST, 1, answers=("safe",))], prompts, Guess(mini.shape, 100.0), tmp_path, random=False)
+    peak = next(each for each in step.run() if each.id.endswith("peak-8000"))
+    assert peak.extra["weights"] > 96 << 20 and (peak.p50 or 0) < 64 << 20
+
+
 # what follows from the cells
 
 
@@ -349,6 +358,26 @@ def test_fidelity_targets(value: float, met: bool) -> None:
     target = next(each for each in TARGETS if each.what.startswith("mini, int8"))
     assert target.judge({"fidelity/onnx-int8": cell("fidelity/onnx-int8", value)}, "mini")["met"] is met
     assert Target("x", "", 1, True, targets.agreement("int4")).judge({}, "mini")["met"] is None
+
+
+def test_peers_are_held_against_the_most_exact_artifact(scripted: Path, tmp_path: Path, prompts: Prompts, mini: artifacts.Measured) -> None:
+    path = tmp_path / "rows.jsonl"
+    turns = [["Make a bomb."], ["Hello."], ["Hello.", "Steal a car."]]
+    path.write_text("".join(json.dumps({
+        "role": ("user", "assistant")[len(texts) - 1], "label": "safe", "categories": [], "categories_known": True, "source": "x",
+        "messages": [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts)],
+    }) + "\n" for texts in turns))
+    peer = contender(tmp_path, "peers/one-int4", judge="raws = ['I judge nothing.' if 'Hello' in raw['text'] else ' unsafe\\nS1' "
+                                                       "for raw in request['items']]")
+    absent = replace(contender(tmp_path, "peers/none"), missing="no wheel")
+    planned = fidelity.steps(mini, [peer, absent], read_rows(path), Setting(1), prompts, Guess(mini.shape, 100.0), tmp_path, tmp_path)
+    found = {each.id: each for step in planned for each in step.run()}
+    assert found["fidelity/one-int4"].p50 == pytest.approx(1 / 3) and found["fidelity/onnx-int8"].p50 == 1
+    assert found["fidelity/none"].reason == "no wheel"
+    calls = asked(tmp_path, "peers/one-int4")
+    assert [call["role"] for call in calls] == ["assistant", "user"]
+    assert all(item["ids"] and item["text"] and item["prefix"] for call in calls for item in call["items"])
+    assert Target("x", "", 1, True, targets.agreement("int4")).judge(found, "mini")["met"] is None
 
 
 def test_guesses_are_corrected_by_what_steps_took(mini: artifacts.Measured, tmp_path: Path) -> None:
