@@ -75,7 +75,9 @@ def test_what_the_record_does_not_tell_is_tried() -> None:
     assert tried(vnni, "int8", Machine(saturates=False)).name == "avx512-vnni"
     assert tried(NOTHING, "int8", Machine(saturates=False)).entries == {}
     assert tried(NOTHING, "int8", Machine(saturates=True)).entries == EXACT_X86
-    assert tried(vnni, "int8", Machine(saturates=True)).entries == EXACT_X86
+    fallen = tried(vnni, "int8", Machine(saturates=True))
+    assert fallen.entries == EXACT_X86 and "avx512-vnni" in fallen.fallbacks[0]
+    assert not tried(vnni, "int8", Machine(saturates=False)).fallbacks and not tried(NOTHING, "int8", Machine(saturates=True)).fallbacks
 
 
 @pytest.mark.parametrize("cpu", [OLD, RECORDED["avx512-vnni"], RECORDED["neon"]])

@@ -93,7 +93,7 @@ def facts(parts: Parts, model: str) -> dict[str, Any]:
     return {
         "backend": info.name, "runtime": info.runtime, "device": info.device, "precision": info.precision,
         "threads": info.threads, "kernel": info.kernel, "bytes": found.size, "kv_at_load": cache,
-        "model": found.name, "profile": parts.identity.profile, "sha256": digest, "fallbacks": [],
+        "model": found.name, "profile": parts.identity.profile, "sha256": digest, "fallbacks": list(info.fallbacks),
     }
 
 

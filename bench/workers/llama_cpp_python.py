@@ -29,7 +29,8 @@ class LlamaCppPython:
         if self._reuse not in REUSES:
             raise ValueError(f"reuse is one of {', '.join(REUSES)}")
         context = int(options.get("context", CONTEXT))
-        gpu = options.get("device", "cpu") != "cpu" and llama_cpp.llama_supports_gpu_offload()
+        wanted = options.get("device", "cpu") != "cpu"
+        gpu = wanted and llama_cpp.llama_supports_gpu_offload()
         self._llama: Any = llama_cpp.Llama(
             model, n_ctx=context, n_threads=threads, n_threads_batch=threads, n_gpu_layers=-1 if gpu else 0, verbose=False)
         if self._reuse == "cache":
@@ -37,7 +38,8 @@ class LlamaCppPython:
         features = llama_cpp.llama_print_system_info().decode().strip()
         return {
             "runtime": versions("llama-cpp-python"), "device": "gpu" if gpu else "cpu", "precision": str(options.get("precision", "")),
-            "threads": threads, "kernel": features, "bytes": size(model), "context": context, "reuse": self._reuse, "fallbacks": [],
+            "threads": threads, "kernel": features, "bytes": size(model), "context": context, "reuse": self._reuse,
+            "fallbacks": ["the CPU: this build offers no GPU"] if wanted and not gpu else [],
         }
 
     def judge(self, request: Mapping[str, Any]) -> Judged:

@@ -57,6 +57,8 @@ class BackendInfo:
     """Token ids (rows,) whose logits a node carries, ascending."""
     kernel: str = ""
     """How quantised products are computed, where the backend chooses: `avx512-vnni`, `unsigned`, ..."""
+    fallbacks: tuple[str, ...] = ()
+    """What was taken instead of something better, and why, in words."""
 
 
 @dataclass

@@ -36,6 +36,8 @@ class Kernel:
     entries: Mapping[str, str] = field(default_factory=dict)
     """Of the session's configuration."""
     reason: str = ""
+    fallbacks: tuple[str, ...] = ()
+    """What was tried before it in vain."""
 
 
 # for each architecture the features that decide, best first; the name of a kernel and why it is right
@@ -77,7 +79,8 @@ def tried(cpu: Cpu, precision: str, multiply: Multiply) -> Kernel:
         raise InferenceError("The 4-bit kernels of this CPU give wrong sums; take an int8 or fp32 artifact or a GGUF.")
     # some systems do not tell of VNNI: what multiplies rightly as it is needs no other way
     plain = Kernel("signed", {}, "signed byte products were tried here and do not saturate") if first.entries else first
-    careful = first if first.entries else Kernel("unsigned", EXACT_X86, f"the kernel {first.name} was tried here and saturates")
+    saturates = f"the kernel {first.name} was tried here and saturates"
+    careful = first if first.entries else Kernel("unsigned", EXACT_X86, saturates, (saturates,))
     for choice in (plain, careful):
         if is_exact(multiply, choice.entries):
             return choice

@@ -28,6 +28,7 @@ STATE_FORMAT = "1"
 SHORT = 8
 """Tokens of a branch of an answer; longer entries are texts."""
 
+REPACKED, AS_STORED = "weights repacked", "weights as in the file"
 NO_AMX = ("without AMX and repacked weights: llama.cpp's AMX code crashes as it was compiled here; "
           "compile llama-cpp-python again with CXXFLAGS=-fno-dse")
 
@@ -116,9 +117,9 @@ class LlamaBackend:
         granted, handle = choose_device(device, devices(llama))
         longest = min(context or header.shape.context, header.shape.context)
         threads = threads or default_threads()
-        kernel = ""
+        fallbacks: tuple[str, ...] = ()
         if repack and handle is None and not llama_amx.works(llama):
-            repack, kernel = False, NO_AMX
+            repack, fallbacks = False, (NO_AMX,)
         self._session = Session(path, device=handle, threads=threads, context=longest, precision=header.precision, repack=repack)
         self._vocab = header.shape.vocab
         self._free = list(range(SEQUENCES))
@@ -126,7 +127,8 @@ class LlamaBackend:
         self._passes = 0
         self.info = BackendInfo(
             name="llama", runtime=f"llama-cpp-python {llama.__version__}", device=granted, precision=header.precision,
-            threads=threads, context=longest, head_ids=np.arange(self._vocab, dtype=np.int64), kernel=kernel,
+            threads=threads, context=longest, head_ids=np.arange(self._vocab, dtype=np.int64),
+            kernel=REPACKED if repack and handle is None else AS_STORED, fallbacks=fallbacks,
         )
         self._cache = cache
         # whatever may change a bit of the state

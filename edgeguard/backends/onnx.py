@@ -81,6 +81,7 @@ class OnnxBackend:
         self.info = BackendInfo(
             name="onnx", runtime=session.runtime, device=session.device, precision=manifest.precision, threads=session.threads,
             context=shape.context, head_ids=head_ids, kernel=f"{session.kernel.name}{', packed weights mapped' if packed else ''}",
+            fallbacks=session.fallbacks,
         )
         self._cache = cache
         # whatever may change a bit of the state

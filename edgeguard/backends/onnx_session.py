@@ -69,6 +69,9 @@ class Session:
             self.device, self._session = _granted(ort, model, chosen, options, loading)
         if self.device == "cpu":
             huge_pages.gather(before)
+        lost = [f"the {self.device}: {each} was not granted" for each in chosen[: chosen.index(self.device)]]
+        self.fallbacks = (*lost, *(self.kernel.fallbacks if self.device == "cpu" else ()))
+        """What was wanted first and was not to be had."""
         self.types: dict[str, str] = {each.name: each.type for each in self._session.get_inputs()}
         """Names of the inputs and their types, as `tensor(float)`."""
         self.shapes: dict[str, list[int | str]] = {each.name: each.shape for each in self._session.get_inputs()}

@@ -110,7 +110,7 @@ def measure(backend: str) -> dict[str, Any]:
     return {
         "backend": backend, "runtime": info.runtime, "device": info.device, "precision": info.precision, "threads": info.threads,
         "load_ms": (loaded - began) * 1000, "warmup_ms": (warm - loaded) * 1000, "check_ms": statistics.median(times),
-        "checks": len(times), "kernel": info.kernel,
+        "checks": len(times), "kernel": info.kernel, "fallbacks": list(info.fallbacks),
     }  # fmt: skip
 
 
@@ -198,5 +198,5 @@ def _speed(probe: dict[str, Any]) -> str:
     return (
         f"{probe['check_ms']:.0f} ms a check (median of {probe['checks']}), loaded in {probe['load_ms']:.0f} ms; "
         f"{probe['runtime']}, {probe['precision']}, {probe['device']}, {probe['threads']} threads"
-        + (f"; {probe['kernel']}" if probe["kernel"] else "")
+        + "".join(f"; {each}" for each in (probe["kernel"], *probe["fallbacks"]) if each)
     )
