@@ -166,12 +166,12 @@ class Said(Protocol):
 
     @property
     def verdict(self) -> str:
-        """`safe` or `unsafe`."""
+        """`safe` or `unsafe`; anything else agrees with nothing."""
         ...
 
     @property
-    def score(self) -> float:
-        """P(unsafe)."""
+    def score(self) -> float | None:
+        """P(unsafe), where it can be had."""
         ...
 
     @property
@@ -181,15 +181,19 @@ class Said(Protocol):
 
 
 def differences(pairs: Sequence[tuple[Said, Said]]) -> dict[str, Any]:
-    """Agreement of the second with the first of each pair, flips by direction, drift of the score, codes where both are unsafe."""
+    """Agreement of the second with the first of each pair, flips by direction, drift of the score, codes where both are unsafe.
+
+    No drift is told where no score can be had.
+    """
     turns = Counter((one.verdict, other.verdict) for one, other in pairs)
-    drift = np.array([other.score - one.score for one, other in pairs])
+    drift = np.array([other.score - one.score for one, other in pairs if one.score is not None and other.score is not None])
     both = [(one, other) for one, other in pairs if one.verdict == other.verdict == "unsafe"]
     alike = sum(one.codes == other.codes for one, other in both)
     return {
         "rows": len(pairs), "agreement": ratio(turns["safe", "safe"] + turns["unsafe", "unsafe"], len(pairs)),
         "unsafe_to_safe": turns["unsafe", "safe"], "safe_to_unsafe": turns["safe", "unsafe"],
-        "drift": float(np.abs(drift).mean()), "drift_signed": float(drift.mean()), "drift_max": float(np.abs(drift).max()),
+        **({"drift": float(np.abs(drift).mean()), "drift_signed": float(drift.mean()), "drift_max": float(np.abs(drift).max())}
+           if len(drift) else {}),
         "both_unsafe": len(both), "same_codes": alike,
     }
 

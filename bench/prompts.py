@@ -1,4 +1,4 @@
-"""What contenders are given: messages of a wanted length as a model's own prompts, in text and in token ids."""
+"""What contenders are given: messages of a wanted length, or rows, as a model's own prompts, in text and in token ids."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Item = dict[str, Any]
 
 
 class Prompts:
-    """Prompts of one model for its judged user; the same ones for the same seed."""
+    """Prompts of one model; those of a wanted length are its judged user's, the same ones for the same seed."""
 
     def __init__(self, model: Measured, seed: int = 0) -> None:
         self._profile, self._seed = model.profile, seed
         self._tokenizer = JsonTokenizer.load(model.any.tokenizer)
         self._answers = Answers.build(self._profile, [each.code for each in self._profile.policy.categories], self._tokenizer)
-        self._prefix = len(role_prefixes(self._profile, self._tokenizer)["user"])
+        self._prefixes = role_prefixes(self._profile, self._tokenizer)
         self._room = min(model.shape.context, self._profile.context) - ANSWER_ROOM
         self._made: dict[tuple[str, int], list[str]] = {}
 
@@ -37,12 +37,12 @@ class Prompts:
     @property
     def prefix(self) -> int:
         """Tokens that every prompt begins with."""
-        return self._prefix
+        return len(self._prefixes["user"])
 
     @property
     def around(self) -> int:
         """Tokens of a prompt that are not the text's, up to one that a border may cost."""
-        return len(self._item("Hello.")["ids"]) - self._count("Hello.")
+        return len(self._item(Conversation.of("Hello."))["ids"]) - self._count("Hello.")
 
     def size(self, tokens: int) -> int:
         """As many tokens of text as were asked for, or what the context still holds."""
@@ -53,18 +53,23 @@ class Prompts:
         key = answer, self.size(tokens)
         if len(self._made.get(key, ())) < start + number:
             self._made[key] = texts.of_tokens(self._count, KIND[answer], key[1], start + number, self._seed)
-        return [self._item(text) for text in self._made[key][start: start + number]]
+        return [{**self._item(Conversation.of(text)), "message": text} for text in self._made[key][start: start + number]]
+
+    def judged(self, conversation: Conversation) -> Item:
+        """The prompt of any conversation, with its messages as edgeguard takes them."""
+        messages = [{"role": message.role, "content": message.content} for message in conversation.messages]
+        return {**self._item(conversation), "message": messages}
 
     def _count(self, text: str) -> int:
         return len(self._tokenizer.encode_text(text))
 
-    def _item(self, message: str) -> Item:
-        prompt = render(self._profile, Conversation.of(message))
+    def _item(self, conversation: Conversation) -> Item:
+        prompt = render(self._profile, conversation)
         text = prompt.text
         for token in self._profile.begin:  # libraries that take text add their own
             text = text.removeprefix(token)
         ids = [*self._tokenizer.encode(prompt.segments), *self._answers.lead_in]
-        return {"text": text + self._profile.lead_in, "message": message, "ids": ids, "prefix": self._prefix}
+        return {"text": text + self._profile.lead_in, "ids": ids, "prefix": len(self._prefixes[conversation.role])}
 
 
 def accepted(answer: str) -> Callable[[str], bool]:

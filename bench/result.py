@@ -44,6 +44,17 @@ def more_is_better(cell: Cell) -> bool:
     return cell.unit in RATES
 
 
+def agreement(cells: Sequence[Cell], cell: Cell) -> Cell | None:
+    """The fidelity cell that belongs to a speed: of the same contender, or of the same file on the same runtime's kernels."""
+    def key(each: Cell) -> tuple[object, ...]:
+        return each.facts.get("precision"), each.facts.get("bytes"), str(each.facts.get("runtime")).split(" ")[0]
+
+    fidelity = [each for each in cells if each.group == "fidelity" and each.measured]
+    same = [each for each in fidelity if each.contender == cell.contender]
+    alike = [each for each in fidelity if all(key(each)) and key(each) == key(cell)]
+    return next(iter([*same, *alike]), None)
+
+
 def why_not(cell: Cell) -> str:
     """Why there is no number; empty if there is one."""
     return "" if cell.measured else cell.reason or "no reason was recorded"

@@ -9,7 +9,7 @@ from edgeguard.bench.charts import Axis, Point, Series, axis_of, bar_chart, line
 from edgeguard.bench.cost import HOSTED, prompt_tokens
 from edgeguard.bench.headline import headline_bars, headline_cells, usual_way
 from edgeguard.bench.markup import Markup, tag
-from edgeguard.bench.result import Result, figure, pairs, shown, size_or_words, spread, why_not, words
+from edgeguard.bench.result import Result, agreement, figure, pairs, shown, size_or_words, spread, why_not, words
 from edgeguard.bench.tables import anchor, cell_table, grouped, label, level, link, table, value_of
 
 Parts = Sequence[Markup]
@@ -32,24 +32,10 @@ def targets(result: Result) -> Parts:
     return [table("Targets", ("what", "wanted", "got", "", "note", "from"), rows)] if rows else []
 
 
-def agreement(result: Result, cell: Cell) -> Cell | None:
-    """The fidelity cell that belongs to a speed: of the same contender, or of the same file on the same runtime's kernels."""
-    def key(each: Cell) -> tuple[object, ...]:
-        return each.facts.get("precision"), each.facts.get("bytes"), words(each.facts.get("runtime")).split(" ")[0]
-
-    fidelity = [each for each in result.group("fidelity") if each.measured]
-    same = [each for each in fidelity if each.contender == cell.contender]
-    alike = [each for each in fidelity if all(key(each)) and key(each) == key(cell)]
-    return next(iter([*same, *alike]), None)
-
-
 def fidelity_of(result: Result, cell: Cell) -> str:
-    """Share of verdicts that are those of fp32, in words."""
-    own = cell.extra.get("agreement")
-    if isinstance(own, (int, float)):
-        return f"{figure(float(own), 'share')} agree with fp32"
-    found = agreement(result, cell)
-    return "fidelity not measured" if found is None else f"{shown(found)} agree with fp32 ({found.id})"
+    """Share of verdicts that are those of the most exact artifact, in words."""
+    found = agreement(result.cells, cell)
+    return "fidelity not measured" if found is None else f"{shown(found)} agree with {words(found.params.get('against'))} ({found.id})"
 
 
 def ladder(result: Result) -> Parts:

@@ -103,7 +103,7 @@ def plan(suite: Suite, model: Measured, setting: Setting, prompts: Prompts, gues
         *lengths.steps(carriers, suite.lengths, prompts, guess, logs, random=random),
         *packed.steps(carriers[: suite.packed], suite.packs, suite.turns, prompts, guess, logs, random=random),
         *starts.steps(starts.pairs(labels, model, setting, folder), suite.starts, prompts, guess, logs),
-        *([] if random else fidelity.steps(model, data, setting, guess, folder, logs)),
+        *([] if random else fidelity.steps(model, peers.contenders, data, setting, prompts, guess, folder, logs)),
     ]
     return Plan((*interleaved, *sorted(alone, key=lambda step: step.seconds)), guess)
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from edgeguard.bench.cells import Cell, Step
 from edgeguard.bench.report import NOTHING, table
-from edgeguard.bench.result import figure
+from edgeguard.bench.result import agreement, figure
 from edgeguard.bench.suite import Plan
 
 TITLES = {
@@ -21,6 +21,8 @@ TITLES = {
     "cold": "Cold starts", "packed": "Several messages in one pass, time of each", "memory": "Memory and disk",
     "ceiling": "Ceilings of this machine", "fidelity": "Verdicts beside those of the most exact artifact",
 }
+SPEEDS = ("ladder", "peers", "length", "packed")
+"""Groups whose cells have their fidelity beside them."""
 MARKS = {True: "met", False: "NOT MET", None: "not measured"}
 
 
@@ -58,12 +60,13 @@ def span(seconds: float) -> str:
 def result_tables(result: Mapping[str, Any]) -> list[RenderableType]:
     """A table for each group, the targets, and the reason for every contender that was not measured."""
     cells = [Cell.from_dict(each) for each in result["cells"]]
+    beside = {"fidelity": lambda cell: figure(found.p50 or 0.0, found.unit) if (found := agreement(cells, cell)) else NOTHING}
     shown: list[RenderableType] = []
     host = result["machine"]
     for group, title in TITLES.items():
         inside = [cell for cell in cells if cell.group == group and cell.measured]
         if inside:
-            shown.append(_cells(title, inside, _COLUMNS.get(group, {})))
+            shown.append(_cells(title, inside, {**_COLUMNS.get(group, {}), **(beside if group in SPEEDS else {})}))
     shown.append(Text(f"{host['cpu'] or host['arch']}, {host['cores']} cores, threads {host['threads']}, edgeguard {result['edgeguard']}; "
                       f"model {result['model']['name']}{' (random weights)' if result['model']['random'] else ''}. "
                       "Compare within one run only."))

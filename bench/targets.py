@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from typing import Any
 
+from edgeguard.bench.artifacts import BACKENDS
 from edgeguard.bench.cells import Cell
 
 Cells = Mapping[str, Cell]
@@ -128,7 +129,8 @@ def largest(pattern: str, scale: float) -> Formula:
 def agreement(precision: str) -> Formula:
     """The least agreement of the artifacts of a precision."""
     def formula(cells: Cells) -> Found:
-        found = [cell for id_, cell in cells.items() if fnmatch(id_, f"fidelity/*-{precision}") and cell.p50 is not None]
+        wanted = [f"fidelity/{kind}-{precision}" for kind in BACKENDS]
+        found = [cell for id_, cell in cells.items() if id_ in wanted and cell.p50 is not None]
         return Found(min(cell.p50 or 0.0 for cell in found), tuple(cell.id for cell in found)) if found else Found(
             None, note=f"no artifact of {precision} was compared")
 

@@ -60,8 +60,10 @@ def cells() -> list[Cell]:
         cell("ceiling/float/onnxruntime/qkv", "onnxruntime-float", 62.0, "GMAC/s", what="float gemm", matrix="qkv", kind="float",
              shape="77 x 4096 x 6144"),
         cell("ceiling/read", "memory, read", 20.6, "GB/s"),
-        cell("fidelity/onnx-int8", BEST, 0.995, "share", extra={"unsafe_to_safe": 2, "safe_to_unsafe": 1, "drift": 0.0071, "rows": 4156}),
-        cell("fidelity/onnx-int4", SMALL, 0.978, "share", extra={"unsafe_to_safe": 60, "safe_to_unsafe": 31, "drift": 0.021, "rows": 4156}),
+        cell("fidelity/onnx-int8", BEST, 0.995, "share", against="onnx-fp32",
+             extra={"unsafe_to_safe": 2, "safe_to_unsafe": 1, "drift": 0.0071, "rows": 4156}),
+        cell("fidelity/onnx-int4", SMALL, 0.978, "share", against="onnx-fp32",
+             extra={"unsafe_to_safe": 60, "safe_to_unsafe": 31, "drift": 0.021, "rows": 4156}),
     ]
 
 

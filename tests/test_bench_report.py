@@ -231,7 +231,7 @@ def test_random_weights_are_told_first(load: Load) -> None:
 def test_bytes_and_fidelity_stand_beside_a_speed(result: Result) -> None:
     told = read(page(result)).text["ladder"]
     assert "4.90 GB" in told and "fidelity not measured" in told
-    assert "99.5% agree with fp32 (fidelity/onnx-int8)" in told
+    assert "99.5% agree with onnx-fp32 (fidelity/onnx-int8)" in told
     assert "10.87x" in told and "4.27x" in told, "how many times as fast as the usual way"
 
 
