@@ -14,6 +14,7 @@ import os
 import random
 import time
 from collections.abc import Iterable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,8 @@ def main() -> None:
         with log.open("a") as file:
             file.write(json.dumps(line) + "\n")
 
+    tell({"options": {name: str(value) for name, value in vars(args).items()},
+          "versions": {package: version(package) for package in ("torch", "transformers", "tokenizers")}, "machine": cpu().model})
     began = time.time()
     for epoch in range(run.epoch, args.epochs):
         examples = encoded(run, found, epoch)
