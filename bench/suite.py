@@ -48,7 +48,7 @@ SUITES = {
     suite.name: suite for suite in (
         Suite("short", rounds=3, steady=8, answers=("safe", "unsafe"), packs=(1, 4, 16, 64), turns=3, packed=2, starts=3, rows=300,
               lengths=(Length(23, 20), Length(128, 10), Length(512, 5), Length(2048, 3), Length(8000, 1))),
-        Suite("full", rounds=3, steady=8, answers=("safe",), packs=(1, 4, 16), turns=2, packed=1, starts=2, rows=300,
+        Suite("full", rounds=3, steady=8, answers=("safe",), packs=(1, 4, 16, 64), turns=2, packed=2, starts=2, rows=300,
               lengths=(Length(23, 10, best_only=True), Length(128, 3, best_only=True), Length(512, 3, best_only=True),
                        Length(2048, 3, best_only=True), Length(8000, 1, answers=("safe",)))),
     )

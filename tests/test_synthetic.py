@@ -14,7 +14,7 @@ import pytest
 
 from edgeguard import Guard, profiles
 from edgeguard.architecture import Shape
-from edgeguard.bench import blocks, checkpoint, llama3, synthesize
+from edgeguard.bench import blocks, checkpoint, llama3, synthesize, synthesize_cli
 from edgeguard.bench.synthetic import EMBEDDING, HEAD, LLAMA_GUARD_2, RandomWeights, Script
 from edgeguard.cli import main
 from edgeguard.convert.gguf_source import GgufWeights
@@ -207,6 +207,17 @@ def test_command(made: Make, tmp_path: Path, llama3_tokenizer: Path, monkeypatch
     assert "exists already" in capsys.readouterr().err
     with pytest.raises(InputError):
         synthesize.synthesize("gguf-q8_0", tmp_path / "q8", shape=shape)
+
+
+def test_everything_is_made_by_one_command(made: Make, tmp_path: Path, llama3_tokenizer: Path, monkeypatch: pytest.MonkeyPatch,
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(synthesize, "write_tokenizer", lambda path: shutil.copyfile(llama3_tokenizer, path))
+    monkeypatch.setattr(synthesize_cli, "WHATS", ("gguf-q4_0", "gguf-q8_0", "checkpoint"))
+    (tmp_path / "all" / "gguf-q4_0").mkdir(parents=True)
+    assert main(["bench", "synthesize", "--out", str(tmp_path / "all"), "--shape", str(made("checkpoint") / "config.json")]) == 0
+    assert {each.name for each in (tmp_path / "all").iterdir()} == {"gguf-q4_0", "gguf-q8_0", "master"}
+    assert not list((tmp_path / "all" / "gguf-q4_0").iterdir()) and "gguf-q4_0 is there" in capsys.readouterr().out
+    assert (tmp_path / "all" / "master" / "config.json").is_file()
 
 
 def test_bfloat16_rounds_as_ml_dtypes_does() -> None:
