@@ -114,7 +114,7 @@ def _warnings(one: Result, other: Result) -> Iterator[str]:
         yield f"The models differ ({'; '.join(models)})."
     artifacts = [{str(each.get("label")): each for each in result.model.get("artifacts") or ()} for result in (one, other)]
     shared = sorted(artifacts[0].keys() & artifacts[1].keys())
-    for what, key in (("weights", "sha256"), ("graphs", "digest")):  # a digest is of all files; older results have none
+    for what, key in (("weights", "sha256"), ("files", "digest")):  # a digest is of all files; older results have none
         if changed := [label for label in shared if len({each[label].get(key) for each in artifacts} - {None}) > 1]:
             yield f"The {what} of {', '.join(changed)} differ."
             break

@@ -7,7 +7,6 @@ import gzip
 import hashlib
 import io
 import json
-import lzma
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -96,17 +95,22 @@ def read_content(path: Path) -> Content:
     try:
         packed = path.read_bytes()
         plain = unpack(packed) if unpack else packed
-    except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+    except (OSError, EOFError, zlib.error, ImportError) as error:
         raise StoreError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     return Content(plain, hashlib.sha256(packed).hexdigest())
 
 
 def _xz(packed: bytes) -> bytes:
     """Every stream of the file; what `lzma.decompress` would pass over behind the first one is an error, as it is in gzip."""
+    import lzma  # not every Python has it
+
     parts: list[bytes] = []
     while packed:
         stream = lzma.LZMADecompressor(lzma.FORMAT_XZ)
-        parts.append(stream.decompress(packed))
+        try:
+            parts.append(stream.decompress(packed))
+        except lzma.LZMAError as error:
+            raise EOFError(str(error)) from error
         if not stream.eof:
             raise EOFError("Compressed file ended before the end-of-stream marker was reached")
         packed = stream.unused_data.lstrip(b"\0")  # streams may be padded

@@ -349,7 +349,7 @@ def test_another_graph_over_the_same_weights_is_warned_of(load: Load) -> None:
     first, second = (
         load(bench_result.result(model={**model, "artifacts": [{**model["artifacts"][0], "digest": digest}]})) for digest in ("ab", "cd")
     )
-    assert compare(first, second).warnings == ("The graphs of int8 differ.",)
+    assert compare(first, second).warnings == ("The files of int8 differ.",)
 
 
 # commands
