@@ -97,6 +97,15 @@ def test_one_long_entry_does_not_pad_many_short_ones() -> None:
     assert sum(part.queries.size for part in parts) < 3 * len(tree.ids)
 
 
+def test_a_long_lane_is_cut_where_the_others_are_short() -> None:
+    root = node([1])
+    codes: list[Entry] = [(root, [5, 6, 7, code]) for code in range(10, 21)]
+    (part,), _ = cut(merge(codes, CONTEXT))
+    assert part.queries.shape == (12, 2), "the common beginning and the first code in two lanes, ten codes in one each"
+    (part,), _ = cut(merge([(root, list(range(5, 60))), (root, list(range(100, 150)))], CONTEXT))
+    assert part.queries.shape == (2, 55), "lanes of about one length stay whole"
+
+
 def test_what_fits_into_one_pass_is_not_cut() -> None:
     root = node([1])
     parts, _ = cut(merge([(root, [first] * 7) for first in range(2, 8)], CONTEXT), tokens=16)

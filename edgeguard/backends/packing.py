@@ -22,6 +22,7 @@ MAX_SCORE_BYTES = 128 << 20
 PADDING = 3  # places in lanes for each token of a pass, at most: beyond that lanes are too unequal to share a pass
 COLUMNS = 64  # keys of a lane are filled up to a multiple of this, so that kernels never add a remainder in another order
 QUERIES = 2  # of a lane, at least: kernels for a single row add in another order
+LANE = 8  # queries that cost about as much as what a lane costs whatever its queries: gathering its keys and values for the products
 NO_ROWS: IntArray = np.empty(0, np.int64)
 
 Entry = tuple[Node | None, Sequence[int]]
@@ -136,7 +137,18 @@ def _lanes(tree: Tree, start: int, tokens: int, scores: int) -> list[tuple[int, 
             break
         lanes.append((at, stop))
         at, most, widest = stop, queries, columns
-    return lanes
+    return _evened(lanes)
+
+
+def _evened(lanes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The lanes, cut to the depth at which all of them together, each filled up to it, cost the least; what a token sees stays the same."""
+    lengths = np.asarray([stop - first for first, stop in lanes])
+    depths = np.arange(int(lengths.max()), QUERIES - 1, -1)
+    if len(depths) < 2 or (lengths == lengths[0]).all():
+        return lanes
+    counts = (-(-lengths[:, None] // depths)).sum(0)
+    depth = int(depths[np.argmin(counts * (depths + LANE))])
+    return [(at, min(at + depth, stop)) for first, stop in lanes for at in range(first, stop, depth)]
 
 
 def _plan(tree: Tree, rows: Mapping[Node, IntArray], first_row: int, lanes: list[tuple[int, int]]) -> Pass:
