@@ -25,6 +25,7 @@ from edgeguard.bench.driver import WORKERS, Program, Worker
 from edgeguard.bench.environments import GENAI, OWN
 from edgeguard.bench.peers import PEERS
 from edgeguard.bench.prompts import Prompts
+from edgeguard.conversation import Conversation
 from edgeguard.convert.gguf_source import GgufWeights
 from edgeguard.errors import InferenceError, InputError, ModelMemoryError, ModelNotFoundError, StoreError
 from edgeguard.guard import Guard
@@ -289,7 +290,7 @@ def test_the_command_lists_peers(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def judged(program: Program, mini: Measured, tmp_path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Facts, and replies for the two texts, a further one with the first again, and an order that is refused."""
     prompts = Prompts(mini)
-    items = [prompts._item(text) for text in TEXTS]
+    items = [prompts.judged(Conversation.of(text)) for text in TEXTS]
     with Worker(program, tmp_path / "worker.log") as worker:
         reply = worker.load()
         assert reply["load_s"] > 0

@@ -26,6 +26,7 @@ from edgeguard.bench.suite import Suite
 from edgeguard.bench.targets import TARGETS, Target
 from edgeguard.bench.visits import Samples, Stream, judged
 from edgeguard.bench.work import fastest_seconds, macs
+from edgeguard.conversation import Conversation
 from edgeguard.errors import InferenceError, InputError
 
 FAKE = """
@@ -96,7 +97,8 @@ def test_messages_have_the_wanted_length_and_are_distinct(prompts: Prompts, answ
     items = prompts.items(answer, tokens, 2, 5)
     assert len({item["message"] for item in items}) == 5
     assert len({len(item["ids"]) for item in items}) == 1
-    assert len(items[0]["ids"]) - len(prompts._item("Hello.")["ids"]) == tokens - len(prompts._tokenizer.encode_text("Hello."))
+    hello = prompts.judged(Conversation.of("Hello."))
+    assert len(items[0]["ids"]) - len(hello["ids"]) == tokens - len(prompts._tokenizer.encode_text("Hello."))
     assert items[0] == prompts.items(answer, tokens, 0, 3)[2], "a later question for more gives the same ones"
     begin = items[0]["ids"][: items[0]["prefix"]]
     assert all(item["ids"][: item["prefix"]] == begin for item in items) and prompts.prefix == len(begin) > 0
@@ -282,7 +284,8 @@ def test_the_peak_is_counted_above_the_weights(tmp_path: Path) -> None:
 def test_weights_that_are_packed_behind_the_first_message_are_weights(tmp_path: Path, prompts: Prompts, mini: artifacts.Measured) -> None:
     packing = "self.packed = getattr(self, 'packed', None) or bytearray(b'x') * (96 << 20)"
     one = replace(contender(tmp_path, judge=packing), bytes=1 << 30)
-    (step,) = lengths.steps([one], [Length(lengths.LONGEST, 1, answers=("safe",))], prompts, Guess(mini.shape, 100.0), tmp_path, random=False)
+    longest = Length(lengths.LONGEST, 1, answers=("safe",))
+    (step,) = lengths.steps([one], [longest], prompts, Guess(mini.shape, 100.0), tmp_path, random=False)
     peak = next(each for each in step.run() if each.id.endswith("peak-8000"))
     assert peak.extra["weights"] > 96 << 20 and (peak.p50 or 0) < 64 << 20
 
@@ -365,7 +368,7 @@ def test_peers_are_held_against_the_most_exact_artifact(scripted: Path, tmp_path
     turns = [["Make a bomb."], ["Hello."], ["Hello.", "Steal a car."]]
     path.write_text("".join(json.dumps({
         "role": ("user", "assistant")[len(texts) - 1], "label": "safe", "categories": [], "categories_known": True, "source": "x",
-        "messages": [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts)],
+        "messages": [{"role": role, "content": text} for role, text in zip(("user", "assistant"), texts, strict=False)],
     }) + "\n" for texts in turns))
     peer = contender(tmp_path, "peers/one-int4", judge="raws = ['I judge nothing.' if 'Hello' in raw['text'] else ' unsafe\\nS1' "
                                                        "for raw in request['items']]")

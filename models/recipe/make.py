@@ -21,7 +21,7 @@ EDGEGUARD = ("-m", "edgeguard")
 
 
 def steps(out: Path, training: list[str]) -> Iterator[list[str]]:
-    """Commands that are still to be run, without the Python in front, one by one: what there is is looked at when a step's turn has come."""
+    """Commands that are still to be run, without the Python in front; what there is already is looked at when a step's turn has come."""
     rows, mini, gguf, onnx = out / "rows", out / "mini", out / "mini-gguf", out / "mini-onnx"
     yield [str(RECIPE / "synthetic" / "build.py"), "--out", str(rows), "--seed", "1"]
     more = [*sorted(rows.glob("*.jsonl.gz")), *sorted((DATA / "benign").glob("*-train.jsonl.gz"))]
