@@ -51,7 +51,8 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_the_first_pass_is_unpacked_and_later_ones_agree(artifact: Artifact, loads: list[Any]) -> None:
     backend = OnnxBackend(artifact)
     root = backend.open(IDS, Run())
-    assert loads == [onnx.UNPACKED]
+    background.settled()
+    assert loads == [onnx.UNPACKED], "a message waits for its prefix: nothing is packed before it is judged"
     (first,) = backend.extend([(root, IDS)], Run())
     background.settled()
     assert loads == [onnx.UNPACKED, None]

@@ -115,16 +115,23 @@ class OnnxBackend:
 
     def extend(self, entries: Sequence[tuple[Node, Sequence[int]]], run: Run) -> list[Node]:
         """One node for each entry."""
-        return self._evaluated(self._running[0], entries, run)
+        nodes = self._evaluated(self._running[0], entries, run)
+        self._pack_later()
+        return nodes
 
     def _evaluated(self, graph: Graph, entries: Sequence[Entry], run: Run) -> list[Node]:
-        """A pass, behind which packing begins, also when the pass ran out of time."""
+        """A pass; one that ran out of time is followed by packing, or it would do so again."""
         try:
             return graph.extend(entries, run)
-        finally:
-            if self._later:
-                self._later = False
-                self._packing = background.start("packing", self._pack, self._loading.cancel)
+        except EdgeGuardError:
+            self._pack_later()
+            raise
+
+    def _pack_later(self) -> None:
+        """Begin to pack, once: behind a message's pass, since behind a prefix's it would slow down the message that waits for it."""
+        if self._later:
+            self._later = False
+            self._packing = background.start("packing", self._pack, self._loading.cancel)
 
     def _pack(self) -> None:
         """Load the packed weights and go on with them; when that fails, for want of memory or by `shutdown`, all stays as it is."""
