@@ -38,16 +38,21 @@ def steps(model: Measured, peers: Sequence[Contender], data: Data | None, settin
     """A step for each artifact and peer; the verdicts of the most exact artifact are kept in `work` and the others held against them."""
     order = precision_order(list(model.found))
     truth = guard(model, order[0], "L2", setting)
-    rows = 0 if data is None else len(data.rows)
+    rows = [] if data is None else data.rows
+    roles = len({row.conversation.role for row in rows})
+
+    def seconds(each: Contender) -> float:
+        tokens = TOKENS + (0 if each.keeps else prompts.prefix)
+        return roles * guess.start(each) + len(rows) * guess.evaluate(each, tokens)
+
     made: list[Step] = []
     for contender in [*(guard(model, label, "L2", setting) for label in order[1:]), *peers]:
         step = f"fidelity/{contender.key}"
         params = {"artifact": contender.key, "precision": contender.precision, "against": order[0]}
         cell = Cell(step, "fidelity", contender.name, "share", params)
-        seconds = 0.0 if contender.missing else guess.start(contender) + rows * guess.evaluate(contender, TOKENS)
-        if not made:
-            seconds += guess.start(truth) + rows * guess.evaluate(truth, TOKENS)
-        made.append(Step(step, (cell,), seconds, partial(_compare, truth, contender, cell, data, prompts, work, logs)))
+        told = 0.0 if contender.missing else seconds(contender)
+        told += 0.0 if made else seconds(truth)
+        made.append(Step(step, (cell,), told, partial(_compare, truth, contender, cell, data, prompts, work, logs)))
     return made
 
 

@@ -143,7 +143,7 @@ def _share(cell: Cell, kind: str) -> str:
 
 
 def fidelity(result: Result) -> Parts:
-    """How far each precision is from full precision."""
+    """How far each artifact and peer is from the most exact artifact."""
     cells = result.group("fidelity")
     names = list(dict.fromkeys(name for cell in cells for name in cell.extra))
     columns: dict[str, Callable[[Cell], Markup]] = {

@@ -23,7 +23,7 @@ SHAPE = f"{', '.join(SHAPES)}, or the path of a config.json; its vocabulary must
 def synthesize(
     *,
     what: Annotated[str, typer.Option(help=f"{', '.join(WHATS)}; or {ALL}, each into a folder of its own that is not there yet.")] = ALL,
-    out: Annotated[Path, typer.Option(help="The folder to make.", show_default=False)],
+    out: Annotated[Path, typer.Option(help=f"The folder to make; of {ALL}, the one to make folders in.", show_default=False)],
     shape: Annotated[str, typer.Option(help=SHAPE)] = "llama-guard-2",
     seed: Annotated[int, typer.Option(min=0, help="All that is made of one shape and seed holds the very same weights.")] = 0,
 ) -> None:
@@ -34,7 +34,7 @@ def synthesize(
     for each in WHATS:
         folder = out / FOLDERS.get(each, each)
         if folder.exists():
-            show([Text(f"{folder} is there")])
+            show([Text(f"{folder} is there and stays; shape and seed were not compared")])
         else:
             _make(each, folder, shape, seed)
 

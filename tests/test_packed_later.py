@@ -1,4 +1,4 @@
-"""Large int8 weights are used as they are first, and packed behind the first pass; the built-in model stands for a large one."""
+"""Large int8 weights are used as they are first, and packed behind the first message; the built-in model stands for a large one."""
 
 from __future__ import annotations
 
@@ -161,6 +161,14 @@ def test_a_pass_that_runs_out_of_time_is_followed_by_packing_too(artifact: Artif
         backend.open(IDS, Run.within(0))
     background.settled()
     assert loads == [onnx.UNPACKED, None]
+
+
+def test_who_only_opens_prefixes_has_them_packed_too(artifact: Artifact, loads: list[Any]) -> None:
+    backend = OnnxBackend(artifact)
+    for packed in (False, True):
+        backend.open(IDS, Run())
+        background.settled()
+        assert loads == [onnx.UNPACKED, None][: 1 + packed]
 
 
 def test_warmup_waits_for_it(artifact: Artifact, loads: list[Any]) -> None:

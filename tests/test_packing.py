@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeguard.backends.base import Node
-from edgeguard.backends.packing import COLUMNS, Entry, Pass, Tree, lineage, merge, passes
+from edgeguard.backends.packing import COLUMNS, PADDING, Entry, Pass, Tree, lineage, merge, passes
 from edgeguard.errors import ContextLengthError
 
 CONTEXT = 1000
@@ -36,13 +36,16 @@ def cut(tree: Tree, **limits: int) -> tuple[list[Pass], list[int]]:
     return list(passes(tree, 2, rows, len(buffer), **limits)), buffer + tree.ids.tolist()
 
 
-def check(entries: Sequence[Entry], tree: Tree, parts: Sequence[Pass], buffer: list[int]) -> None:
+def check(entries: Sequence[Entry], tree: Tree, parts: Sequence[Pass], buffer: list[int], most: int, scores: int) -> None:
     """Every query of every pass sees exactly its own sequence, in order; every entry's end is answered once."""
     answered = []
     first = len(buffer) - len(tree.ids)
     for part in parts:
         visible = np.asarray(buffer[: part.past] + tree.ids[part.start : part.stop].tolist())
         assert part.past <= first + part.start and part.keys.shape[1] % COLUMNS == 0
+        lanes, depth = part.queries.shape
+        assert lanes == 1 or lanes * depth <= max(most, PADDING * (part.stop - part.start))
+        assert lanes * depth * part.keys.shape[1] <= scores or part.stop - part.start == 1
         for place, token in enumerate(range(part.start, part.stop)):
             lane, query = divmod(int(part.places[place]), part.queries.shape[1])
             assert part.queries[lane, query] == place
@@ -69,7 +72,7 @@ def test_every_token_sees_its_own_sequence_only(given_: list[tuple[int, list[int
     nodes = [root, body, node([6], body), node([4, 5], root)]
     entries: list[Entry] = [(nodes[which] if which >= 0 else None, ids) for which, ids in given_]
     tree = merge(entries, CONTEXT)
-    check(entries, tree, *cut(tree, tokens=tokens, score_bytes=4 * 2 * columns * COLUMNS))
+    check(entries, tree, *cut(tree, tokens=tokens, score_bytes=4 * 2 * columns * COLUMNS), tokens, columns * COLUMNS)
 
 
 def test_entries_that_begin_alike_share_tokens() -> None:

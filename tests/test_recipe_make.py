@@ -28,7 +28,7 @@ def test_steps_are_run_once_and_taken_up_after_a_failure(tmp_path: Path, monkeyp
         else:
             made = Path(command[command.index("--out") + 1]) / ("final" if step == "train" else "")
             made.mkdir(parents=True, exist_ok=True)
-            (made / ("rows.jsonl.gz" if step == "build" else "manifest.json")).write_text("{}")
+            (made / {"build": "rows.jsonl.gz", "train": make.WRITTEN_LAST}.get(step, "manifest.json")).write_text("{}")
         if step == "train":
             assert str(tmp_path / "rows" / "rows.jsonl.gz") in command and command[-2:] == ["--epochs", "2"]
         return SimpleNamespace(returncode=0)
@@ -45,3 +45,7 @@ def test_steps_are_run_once_and_taken_up_after_a_failure(tmp_path: Path, monkeyp
     calls.clear()
     make.main()
     assert calls == ["build"]
+    monkeypatch.setattr(sys, "argv", ["make.py", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        make.main()
+    assert calls == ["build"], "other options are no continuation"

@@ -37,7 +37,7 @@ class Kernel:
     """Of the session's configuration."""
     reason: str = ""
     fallbacks: tuple[str, ...] = ()
-    """What was tried before it in vain."""
+    """Better ones, by the processor's record, that were tried in vain."""
 
 
 # for each architecture the features that decide, best first; the name of a kernel and why it is right

@@ -28,7 +28,7 @@ STATE_FORMAT = "1"
 SHORT = 8
 """Tokens of a branch of an answer; longer entries are texts."""
 
-REPACKED, AS_STORED = "weights repacked", "weights as in the file"
+REPACKED, AS_STORED = "repacking allowed", "weights as in the file"
 NO_AMX = ("without AMX and repacked weights: llama.cpp's AMX code crashes as it was compiled here; "
           "compile llama-cpp-python again with CXXFLAGS=-fno-dse")
 

@@ -31,7 +31,7 @@ from edgeguard.store.prefix_cache import PrefixCache, ids_key
 
 PROBE_TOKENS = 4
 LARGE = 1 << 30
-"""Bytes of an artifact from which on weights are packed after the first pass: packing takes longer than passes that pack as they go."""
+"""Bytes of an artifact from which on weights are packed after the first message: packing takes longer than passes that pack as they go."""
 ONE_AT_A_TIME = threading.Lock()
 """Held from the look at free memory until an artifact is packed."""
 UNPACKED = {"session.disable_prepacking": "1"}
@@ -61,7 +61,7 @@ class OnnxBackend:
     machine's choice. With a `cache`, prefixes that are not the artifact's are restored from the disk, to the same bits.
     `prepacked` is the folder with packed forms of weights (`backends/prepacked.py`); one that fits is mapped instead of the
     artifact's own. Without one, a large int8 artifact is mapped as it is, so that it answers seconds after the start of the
-    process; its weights are packed in the background after the first pass (`background.settled` waits). `checked` says that
+    process; its weights are packed in the background after the first message (`background.settled` waits). `checked` says that
     the files were just compared with the manifest (`store.check_files`).
     Raises what `Session` raises, and `ModelFileError` for a graph that is neither a guard graph nor an export with past keys
     and values.
@@ -88,6 +88,7 @@ class OnnxBackend:
         self._key = {"backend": "onnx", "format": STATE_FORMAT, "runtime": session.build, "device": session.device,
                      "precision": manifest.precision, "threads": str(session.threads)}
         self._state: State | None = self._using(session, ", unpacked" if self._later else "")
+        self._evaluated_one = False
         self._loading = Run()
         self._packing: threading.Thread | None = None
 
@@ -102,13 +103,13 @@ class OnnxBackend:
                 run.check()
                 return graph.restored(*read_prefix(self._artifact.path(record.file), record.sha256, shape, len(record.ids)))
         if self._cache is None or not isinstance(graph, GuardGraph):
-            return self._evaluated(graph, [(None, prefix_ids)], run)[0]
+            return self._prefix(graph, prefix_ids, run)
         run.check()
         ids = tuple(map(int, prefix_ids))
         key = {**key, "ids": ids_key(ids)}
         if (held := self._cache.read(key)) and fits(held, shape, len(ids), len(self.info.head_ids)):
             return replace(graph.restored(held["keys"], held["values"]), logits=held["logits"])
-        (node,) = self._evaluated(graph, [(None, ids)], run)
+        node = self._prefix(graph, ids, run)
         keys, values = keys_and_values(node)
         self._cache.write(key, {"keys": keys, "values": values, "logits": node.logits})
         return node
@@ -120,15 +121,23 @@ class OnnxBackend:
         return nodes
 
     def _evaluated(self, graph: Graph, entries: Sequence[Entry], run: Run) -> list[Node]:
-        """A pass; one that ran out of time is followed by packing, or it would do so again."""
+        """A pass; one that failed, perhaps for want of time, is followed by packing, or it would fail again."""
         try:
             return graph.extend(entries, run)
         except EdgeGuardError:
             self._pack_later()
             raise
 
+    def _prefix(self, graph: Graph, ids: Sequence[int], run: Run) -> Node:
+        """Evaluate a prefix. Packing begins behind the second: it would slow down the message that waits for the first."""
+        (node,) = self._evaluated(graph, [(None, ids)], run)
+        if self._evaluated_one:
+            self._pack_later()
+        self._evaluated_one = True
+        return node
+
     def _pack_later(self) -> None:
-        """Begin to pack, once: behind a message's pass, since behind a prefix's it would slow down the message that waits for it."""
+        """Begin to pack, once."""
         if self._later:
             self._later = False
             self._packing = background.start("packing", self._pack, self._loading.cancel)

@@ -1,7 +1,7 @@
 """Planning of a pass: many sequences that share beginnings as one tree of tokens, cut into passes of bounded size.
 
 Pure NumPy; knows nodes and ids, no runtime. In a pass the linear layers see all tokens as one list. Attention sees lanes:
-one for each sequence, its keys gathered in the order of their positions. So the sums that make a token's result are
+one or more for each sequence, its keys gathered in the order of their positions. So the sums that make a token's result are
 always added up in the same order, whatever else is in the pass and wherever it was cut.
 """
 

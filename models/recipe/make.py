@@ -1,6 +1,7 @@
 """Makes the mini guard from its data to its calibrated artifacts: python models/recipe/make.py --out DIR [options of train.py].
 
-A training that was stopped goes on, and what is complete is not made again, so the same command takes up where it ended.
+A training that was stopped goes on, and what is complete is not made again (but for the rows, which take seconds), so the same
+command takes up where it ended; with other options it is refused.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ DATA = RECIPE / "data"
 NAME = "edgeguard-mini"
 SETTINGS = ("--seed", "3", "--compile")
 """What the shipped version was trained with; options on the command line come behind them and win."""
+WRITTEN_LAST = "tokenizer_config.json"
+OPTIONS = "options.json"
 EDGEGUARD = ("-m", "edgeguard")
 
 
@@ -25,7 +28,7 @@ def steps(out: Path, training: list[str]) -> Iterator[list[str]]:
     rows, mini, gguf, onnx = out / "rows", out / "mini", out / "mini-gguf", out / "mini-onnx"
     yield [str(RECIPE / "synthetic" / "build.py"), "--out", str(rows), "--seed", "1"]
     more = [*sorted(rows.glob("*.jsonl.gz")), *sorted((DATA / "benign").glob("*-train.jsonl.gz"))]
-    if not (mini / "final").exists():
+    if not (mini / "final" / WRITTEN_LAST).exists():
         yield [str(RECIPE / "train.py"), "--corpus", str(DATA), "--more", *map(str, more), "--out", str(mini), *SETTINGS, *training]
     for source, kind, precision, made in ((mini / "final", "gguf", "q8_0", gguf), (gguf, "onnx", "int8", onnx)):
         profile = ["--profile", NAME] if source != gguf else []
@@ -40,6 +43,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True)
     args, training = parser.parse_known_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    begun = args.out / OPTIONS
+    if begun.exists() and json.loads(begun.read_text(encoding="utf-8")) != training:
+        parser.error(f"{args.out} was begun with other options; give another --out, or delete it")
+    begun.write_text(json.dumps(training), encoding="utf-8")
     for command in steps(args.out, training):
         print("python", *command, flush=True)
         if status := subprocess.run([sys.executable, *command], check=False).returncode:  # noqa: S603  commands of the recipe
