@@ -77,6 +77,12 @@ def test_the_gguf_converted_again_gives_the_onnx_that_ships(tmp_path: Path) -> N
     assert list(graph.node) == list(anew.node) and list(graph.initializer) == list(anew.initializer)
 
 
+def test_each_artifact_keeps_to_its_size() -> None:
+    folder = store.built_in_folder()
+    for kind in ("onnx", "gguf"):
+        assert 50e6 < sum(path.stat().st_size for path in (folder / kind).iterdir()) <= 95e6
+
+
 def test_converting_it_for_another_guard_is_refused(tmp_path: Path) -> None:
     from edgeguard.convert.pipeline import convert
 

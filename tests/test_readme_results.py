@@ -9,10 +9,15 @@ from typing import Any
 
 import pytest
 
+from edgeguard.bench.cells import Cell
+from edgeguard.bench.result import agreement
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RUN = re.compile(r"\(docs/results/([a-z0-9-]+)\.json\)")
-NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*(x|GiB|ms|s|GB|%)?")
+NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*(x|GiB|ms|s|GB|%|)")
+SIZES = {"s": 1.0, "ms": 1e-3, "GB": 1e9, "%": 0.01, "x": 1.0, "GiB": 1.0, "": 1.0}
+"""What a unit stands for in a run, whose targets have the unit of the wish."""
 
 TARGETS = {
     "llama-cpp-python's first call over edgeguard": "8B, safe verdict: llama-cpp-python q4_k_m, first call, over edgeguard's best CPU path",
@@ -28,19 +33,24 @@ TARGETS = {
     "8,000 tokens: peak memory above the weights": "8B, 8,000-token conversation: peak memory above the weights, GiB",
 }
 """Rows of the table of ratios, and what each is called in a run."""
-MINI = {
+CONTENDERS = {
+    "transformers, bf16": "peers/transformers-bf16",
     "transformers, fp32": "peers/transformers-fp32",
+    "optimum ORTModelForCausalLM, fp32": "peers/optimum-fp32",
     "llama-cpp-python, `create_completion`, q4_k_m": "ladder/L0/gguf-q4_k_m",
     "llama-cpp-python, `create_completion`, q8_0": "ladder/L0/gguf-q8_0",
     "llama-cpp-python, `create_completion`, q4_0": "peers/llama-cpp-python-q4_0",
+    "openvino-genai, GGUF q4_k_m, prefix caching": "peers/openvino-q4_k_m",
     "openvino-genai, GGUF q8_0, prefix caching": "peers/openvino-q8_0",
     "onnxruntime-genai, int4, rewound to the prefix": "peers/onnxruntime-genai-int4",
-    "optimum ORTModelForCausalLM, fp32": "peers/optimum-fp32",
+    "edgeguard, llama backend, q4_k_m": "ladder/L2/gguf-q4_k_m",
     "edgeguard, llama backend, q4_0": "ladder/L2/gguf-q4_0",
     "edgeguard, onnx backend, int4": "ladder/L2/onnx-int4",
     "edgeguard, onnx backend, int8": "ladder/L2/onnx-int8",
 }
-"""Rows of the built-in model's table, and the cells they are of."""
+"""Rows of the tables of times, and the cells they are of."""
+FIDELITY = [("speed-mini-fidelity", "onnx-int8"), ("speed-mini-fidelity-int4", "onnx-int4")]
+"""Runs over all validation rows, and the artifacts that they compared."""
 
 
 def run(name: str) -> dict[str, Any]:
@@ -59,18 +69,18 @@ def table(words: str) -> list[list[str]]:
     return rows
 
 
-def agrees(shown: str, value: float) -> bool:
-    """A number in a cell is the value as far as it is written out."""
+def agrees(shown: str, value: float, unit: str = "") -> bool:
+    """A number in a cell has this unit and is the value as far as it is written out."""
     found = NUMBER.search(RUN.sub("", shown).replace("**", ""))
-    assert found, shown
+    assert found and (not unit or found[2] == unit), shown
     decimals = len(found[1].partition(".")[2])
-    return abs(float(found[1]) - value) <= 0.5 * 10**-decimals * 1.001
+    return abs(float(found[1]) - value / SIZES[found[2]]) <= 0.5 * 10**-decimals * 1.001
 
 
 def test_ratios_are_those_of_the_runs() -> None:
     header, *rows = table("| wanted | at least |")
     checked = 0
-    for label, _, *cells in rows:
+    for label, wish, *cells in rows:
         if label not in TARGETS:
             assert not any(re.search(r"\d", cell) for cell in cells), f"{label} is not known here"
             continue
@@ -81,23 +91,40 @@ def test_ratios_are_those_of_the_runs() -> None:
             assert linked, cell
             (target,) = (each for each in run(linked[1])["targets"] if each["what"] == TARGETS[label])
             assert agrees(cell, target["got"]), f"{label}: {cell}, the run has {target['got']}"
+            assert agrees(wish, float(NUMBER.search(target["wanted"])[1])), f"{label}: {wish} was wanted"  # type: ignore[index]
             assert ("**" in cell) <= bool(target["met"]), f"{label}: {cell} is bold and was not met"
             checked += 1
     assert checked > 20
 
 
-def test_times_of_the_built_in_model_are_those_of_the_run() -> None:
-    cells = {each["id"]: each["p50"] for each in run("speed-mini")["cells"] if each["measured"]}
-    for label, *shown in table("| safe | unsafe |")[2:]:
-        if label not in MINI:
-            assert "for each" in label and agrees(shown[0], 1e3 * cells["packed/onnx-int8/16"]), label
+def test_times_at_8b_are_those_of_the_run() -> None:
+    cells = {each["id"]: each for each in run("speed-8b-amx")["cells"] if each["measured"]}
+    for label, first, further, size in table("| first call | further messages |")[2:]:
+        cell = cells[f"{CONTENDERS[label]}/23/first"]
+        assert agrees(first, cell["p50"], "s") and agrees(size, cell["facts"]["bytes"], "GB"), label
+        assert agrees(further, cells[f"{CONTENDERS[label]}/23/safe"]["p50"], "s"), label
+
+
+def test_figures_of_the_built_in_model_are_those_of_the_run() -> None:
+    cells = {each["id"]: each for each in run("speed-mini")["cells"] if each["measured"]}
+    for label, safe, unsafe, same in table("| safe | unsafe |")[2:]:
+        if label not in CONTENDERS:
+            assert "16 in a pass" in label and agrees(safe, cells["packed/onnx-int8/16"]["p50"], "ms"), label
             continue
-        for answer, cell in zip(("safe", "unsafe"), shown, strict=True):
-            assert agrees(cell, 1e3 * cells[f"{MINI[label]}/23/{answer}"]), f"{label}, {answer}: {cell}"
+        times = [cells[f"{CONTENDERS[label]}/23/{answer}"] for answer in ("safe", "unsafe")]
+        assert all(agrees(cell, each["p50"], "ms") for cell, each in zip((safe, unsafe), times, strict=True)), label
+        held = agreement([Cell.from_dict(each) for each in cells.values()], Cell.from_dict(times[0]))
+        assert held and agrees(same, held.p50 or 0.0, "%"), f"{label}: {same}"
+    sentences = {"packed 16": r"takes ([\d.]+) of a single one", "transformers fp32": r"transformers takes ([\d.]+) times as long"}
+    for what, shown in sentences.items():
+        (target,) = (each for each in run("speed-mini")["targets"] if each["what"].startswith("mini") and what in each["what"])
+        found = re.search(shown, README)
+        assert found and agrees(found[1], target["got"]), what
 
 
-@pytest.mark.parametrize(("name", "precision"), [("speed-mini-fidelity", "int8"), ("speed-mini-fidelity-int4", "int4")])
+@pytest.mark.parametrize(("name", "precision"), FIDELITY)
 def test_agreement_is_that_of_the_run(name: str, precision: str) -> None:
-    (cell,) = (each for each in run(name)["cells"] if each["id"] == f"fidelity/onnx-{precision}")
+    (cell,) = (each for each in run(name)["cells"] if each["id"] == f"fidelity/{precision}")
+    assert cell["extra"]["rows"] == 4156
     found = re.search(rf"\[\*\*([\d.]+)%\*\*\]\(docs/results/{name}\.json\)", README)
-    assert found and agrees(found[1], 100 * cell["p50"])
+    assert found and agrees(found[1] + "%", cell["p50"], "%"), cell["p50"]
