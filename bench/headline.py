@@ -31,7 +31,7 @@ def headline_bars(result: Result) -> list[Bar]:
     """One for each cell that there is, with how many times as fast the best one is."""
     first, steady, best = headline_cells(result)
     made = []
-    for cell, what in ((first, "first call"), (steady, "every further message"), (best, "every message")):
+    for cell, what in ((first, "first call"), (steady, "every further message"), (best, "every further message")):
         if cell is None:
             continue
         times = f", {cell.p50 / best.p50:.1f} times as long" if best and best.p50 and cell.p50 and cell is not best else ""
