@@ -47,7 +47,7 @@ def more_is_better(cell: Cell) -> bool:
 def agreement(cells: Sequence[Cell], cell: Cell) -> Cell | None:
     """The fidelity cell that belongs to a speed: of the same contender, or of the same precision on the same runtime's kernels."""
     def key(each: Cell) -> tuple[object, ...]:
-        return each.facts.get("precision"), str(each.facts.get("runtime")).split(" ")[0]
+        return each.facts.get("precision"), str(each.facts.get("runtime") or "").split(" ")[0]
 
     fidelity = [each for each in cells if each.group == "fidelity" and each.measured]
     same = [each for each in fidelity if each.contender == cell.contender]
