@@ -143,9 +143,9 @@ def _lanes(tree: Tree, start: int, tokens: int, scores: int) -> list[tuple[int, 
 def _evened(lanes: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """The lanes, cut to the depth at which all of them together, each filled up to it, cost the least; what a token sees stays the same."""
     lengths = np.asarray([stop - first for first, stop in lanes])
-    depths = np.arange(int(lengths.max()), QUERIES - 1, -1)
-    if len(depths) < 2 or (lengths == lengths[0]).all():
+    if (lengths == lengths[0]).all():
         return lanes
+    depths = np.arange(int(lengths.max()), QUERIES - 1, -1)
     counts = (-(-lengths[:, None] // depths)).sum(0)
     depth = int(depths[np.argmin(counts * (depths + LANE))])
     return [(at, min(at + depth, stop)) for first, stop in lanes for at in range(first, stop, depth)]

@@ -21,7 +21,7 @@ from row_file import rows
 
 TRAIN = Path(__file__).with_name("train.py")
 OPTIONS = "options.json"
-"""Where a fold keeps what it was begun with: folds that were trained differently are not put into one table."""
+"""Where a training keeps what it was begun with: it does not go on with other options, and folds of several are not put into one table."""
 COLUMNS = ("rows", "f1", "recall", "fpr", "auprc", "ece")
 
 
@@ -37,7 +37,7 @@ def dealt(sizes: Mapping[str, int], folds: int) -> list[list[str]]:
 
 
 def begin(out: Path, options: list[str], parser: argparse.ArgumentParser) -> None:
-    """Note a fold's options; ends the run when it was begun with others."""
+    """Note the options of the training in a folder; ends the run when it was begun with others."""
     begun = out / OPTIONS
     if begun.exists():
         if begun.read_text(encoding="utf-8") == json.dumps(options):

@@ -13,19 +13,21 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from left_out import begin
+
 RECIPE = Path(__file__).parent
 DATA = RECIPE / "data"
 NAME = "edgeguard-mini"
+TRAINED = "mini"
 SETTINGS = ("--seed", "3", "--compile")
 """What the shipped version was trained with; options on the command line come behind them and win."""
 WRITTEN_LAST = "tokenizer_config.json"
-OPTIONS = "options.json"
 EDGEGUARD = ("-m", "edgeguard")
 
 
 def steps(out: Path, training: list[str]) -> Iterator[list[str]]:
     """Commands that are still to be run, without the Python in front; what there is already is looked at when a step's turn has come."""
-    rows, mini, gguf, onnx = out / "rows", out / "mini", out / "mini-gguf", out / "mini-onnx"
+    rows, mini, gguf, onnx = out / "rows", out / TRAINED, out / "mini-gguf", out / "mini-onnx"
     yield [str(RECIPE / "synthetic" / "build.py"), "--out", str(rows), "--seed", "1"]
     more = [*sorted(rows.glob("*.jsonl.gz")), *sorted((DATA / "benign").glob("*-train.jsonl.gz"))]
     if not (mini / "final" / WRITTEN_LAST).exists():
@@ -43,11 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--out", type=Path, required=True)
     args, training = parser.parse_known_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    begun = args.out / OPTIONS
-    if begun.exists() and json.loads(begun.read_text(encoding="utf-8")) != training:
-        parser.error(f"{args.out} was begun with other options; give another --out, or delete it")
-    begun.write_text(json.dumps(training), encoding="utf-8")
+    begin(args.out / TRAINED, training, parser)
     for command in steps(args.out, training):
         print("python", *command, flush=True)
         if status := subprocess.run([sys.executable, *command], check=False).returncode:  # noqa: S603  commands of the recipe
