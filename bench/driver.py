@@ -77,6 +77,7 @@ class Worker:
         reply = self.ask({"op": "judge", "items": list(items), "answers": dict(answers), "max_tokens": max_tokens, **more})
         if len(reply["raw"]) != len(items):
             raise InferenceError(f"{self.program.name} was asked for {len(items)} answers and gave {len(reply['raw'])}.")
+        self.facts |= reply.pop("granted", {})
         return reply
 
     def memory(self) -> dict[str, int | None]:

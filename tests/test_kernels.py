@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeguard.backends import kernels, onnx_session
-from edgeguard.backends.kernels import EXACT_X86, is_close, is_exact, kernel, tried
+from edgeguard.backends.kernels import EXACT_X86, Kernel, is_close, is_exact, kernel, tried
 from edgeguard.errors import InferenceError
 from edgeguard.machine import Cpu, parse_cpuinfo, parse_sysctl
 
@@ -27,6 +27,7 @@ RECORDED = {
 }
 OLD = parse_cpuinfo(INTEL.format(""), "x86_64")  # AVX-512 without VNNI
 NOTHING = Cpu("", "", "x86_64", frozenset())
+AS_IT_IS = Kernel("as it is")
 
 
 @pytest.mark.parametrize("name", RECORDED)
@@ -52,17 +53,18 @@ def test_floats_need_no_choice(precision: str) -> None:
 class Machine:
     """Multiplies as processors do: exactly, or in pairs that saturate unless it is told to take bytes as unsigned."""
 
-    def __init__(self, *, saturates: bool, heeds: bool = True) -> None:
-        self.saturates, self.heeds, self.tried = saturates, heeds, 0
+    def __init__(self, *, saturates: bool, heeds: bool = True, grants: bool = True) -> None:
+        self.saturates, self.heeds, self.grants = saturates, heeds, grants
 
-    def __call__(self, model: bytes, entries: Mapping[str, str], a: NDArray[Any]) -> NDArray[np.float32]:
-        self.tried += 1
+    def __call__(self, model: bytes, kernel: Kernel, a: NDArray[Any]) -> NDArray[np.float32]:
+        if kernel.library and not self.grants:
+            raise InferenceError
         size = 576 * 64
         start = model.index(b"b" + b"\x4a") + 2
         while model[start] > 127:  # the length's varint
             start += 1
         weights = np.frombuffer(model[start + 1 :][:size], np.int8).reshape(576, 64).astype(np.int64)
-        if not self.saturates or (self.heeds and dict(entries) == EXACT_X86):
+        if not self.saturates or (self.heeds and dict(kernel.entries) == EXACT_X86):
             return ((a.astype(np.int64) - 128) @ weights).astype(np.float32)
         pairs = a.astype(np.int64)[:, :, None] * weights
         summed = np.clip(pairs[:, ::2] + pairs[:, 1::2], -32768, 32767).sum(1) - 128 * weights.sum(0)
@@ -80,6 +82,35 @@ def test_what_the_record_does_not_tell_is_tried() -> None:
     assert not tried(vnni, "int8", Machine(saturates=False)).fallbacks and not tried(NOTHING, "int8", Machine(saturates=True)).fallbacks
 
 
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "OWN", {"amx": "edgeguard.backends.kernels"})  # any module that there is
+
+
+@pytest.mark.usefixtures("built")
+def test_large_weights_on_amx_get_our_own_kernel() -> None:
+    amx = RECORDED["amx"]
+    mine = tried(amx, "int8", Machine(saturates=False), large=True)
+    assert mine.name == "edgeguard amx" and mine.library == Path(kernels.__file__) and not mine.fallbacks
+    assert tried(amx, "int8", Machine(saturates=False)).name == "amx", "small weights stay in the caches"
+    assert tried(amx, "int4", partial(onnx_session._multiplied, {}), large=True).library is None
+    assert tried(RECORDED["avx512-vnni"], "int8", Machine(saturates=False), large=True).name == "avx512-vnni"
+
+
+@pytest.mark.usefixtures("built")
+def test_our_own_kernel_that_fails_is_told_of() -> None:
+    fallen = tried(RECORDED["amx"], "int8", Machine(saturates=False, grants=False), large=True)
+    assert fallen.name == "amx" and fallen.library is None and "edgeguard amx" in fallen.fallbacks[0]
+    both = tried(RECORDED["amx"], "int8", Machine(saturates=True), large=True)
+    assert both.entries == EXACT_X86 and len(both.fallbacks) == 2
+
+
+def test_without_a_compiler_there_is_no_kernel_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "OWN", {"amx": "edgeguard.backends._not_built"})
+    kept = tried(RECORDED["amx"], "int8", Machine(saturates=False), large=True)
+    assert kept.name == "amx" and not kept.fallbacks
+
+
 @pytest.mark.parametrize("cpu", [OLD, RECORDED["avx512-vnni"], RECORDED["neon"]])
 def test_a_processor_that_saturates_whatever_it_is_told_is_refused(cpu: Cpu) -> None:
     with pytest.raises(InferenceError, match="saturate"):
@@ -88,18 +119,18 @@ def test_a_processor_that_saturates_whatever_it_is_told_is_refused(cpu: Cpu) -> 
 
 def test_this_machine_multiplies_rightly() -> None:
     multiply = partial(onnx_session._multiplied, {})
-    assert is_exact(multiply, {}) or is_exact(multiply, EXACT_X86)
-    assert is_close(multiply, {})
+    assert is_exact(multiply, AS_IT_IS) or is_exact(multiply, Kernel("unsigned", EXACT_X86))
+    assert is_close(multiply, AS_IT_IS)
 
 
 def test_4_bit_products_that_are_off_are_refused() -> None:
     good = partial(onnx_session._multiplied, {})
     for wrong in (lambda y: np.clip(y, -2000, 2000), lambda y: y + 40, lambda y: y * np.nan, lambda y: y[:, ::-1]):
         with pytest.raises(InferenceError, match="4-bit"):
-            tried(OLD, "int4", lambda model, entries, a, wrong=wrong: wrong(good(model, entries, a)))
+            tried(OLD, "int4", lambda model, kernel, a, wrong=wrong: wrong(good(model, kernel, a)))
 
 
 def test_the_largest_numbers_are_among_those_tried() -> None:
     seen: list[NDArray[Any]] = []
-    is_exact(lambda _model, _entries, a: seen.append(a) or np.zeros((len(a), 64), np.float32), {})
+    is_exact(lambda _model, _kernel, a: seen.append(a) or np.zeros((len(a), 64), np.float32), AS_IT_IS)
     assert seen[0].max() == 255 and kernels.BLOCK == 32

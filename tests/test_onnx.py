@@ -377,7 +377,7 @@ def test_only_auto_falls_back_when_a_device_is_listed_but_not_granted(make: Make
 
 def test_a_kernel_that_does_not_multiply_rightly_is_not_used(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[dict[str, str]] = []
-    monkeypatch.setattr(kernels, "is_exact", lambda multiply, entries: asked.append(dict(entries)) or False)
+    monkeypatch.setattr(kernels, "is_exact", lambda multiply, kernel: asked.append(dict(kernel.entries)) or False)
     with pytest.raises(InferenceError, match="saturate"):
         OnnxBackend(make("plain", "int8"), threads=1)
     assert asked == [{}, dict(kernels.EXACT_X86)]

@@ -50,7 +50,10 @@ class GuardEngine:
         else:  # the first message is judged at once, further ones as a process that lives on sees them
             background.settled()
         began = time.perf_counter()
-        return replace(self._judged(request), seconds=time.perf_counter() - began)
+        judged = self._judged(request)
+        seconds, info = time.perf_counter() - began, self._parts.backend.info
+        granted = {"kernel": info.kernel, "fallbacks": list(info.fallbacks)}  # another one than at load once weights are packed
+        return replace(judged, seconds=seconds, extra={**judged.extra, "granted": granted})
 
     def _judged(self, request: Mapping[str, Any]) -> Judged:
         messages = [item["message"] for item in request["items"]]

@@ -36,7 +36,7 @@ class Judged:
     seconds: float | None = None
     """Of the work alone; None takes the time of the whole call."""
     extra: Mapping[str, Any] = field(default_factory=dict)
-    """More to tell, such as the tokens of the pass."""
+    """More to tell, such as the tokens of the pass; `granted` are facts that have changed since the model was loaded."""
 
 
 class Engine(Protocol):

@@ -2,12 +2,16 @@
 
 On x86 a product of unsigned by signed bytes is added up in pairs of 16 bits, which saturates, unless the processor has VNNI.
 There the runtime is told to take both as unsigned, which is exact and slower, and keeps a converted copy of the weights.
+For large weights on AMX there is a kernel of our own (`amx.c`), to the same bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -23,8 +27,8 @@ EXACT_X86 = {"session.x64quantprecision": "1"}
 BLOCK = 32  # of 4-bit weights
 ROUNDING = 0.5  # of a step: as far as activations in 8 bits may be from what they were
 
-Multiply: TypeAlias = Callable[[bytes, Mapping[str, str], NDArray[Any]], NDArray[np.float32]]
-"""Runs a model of one product, with session entries, on `a`; gives `y`."""
+Multiply: TypeAlias = "Callable[[bytes, Kernel, NDArray[Any]], NDArray[np.float32]]"
+"""Runs a model of one product, by a kernel, on `a`; gives `y`."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Kernel:
     reason: str = ""
     fallbacks: tuple[str, ...] = ()
     """Better ones, by the processor's record, that were tried in vain."""
+    library: Path | None = None
+    """Of operators that take the place of the runtime's."""
 
 
 # for each architecture the features that decide, best first; the name of a kernel and why it is right
@@ -56,6 +62,8 @@ REST: Mapping[str, Kernel] = {
     "x86_64": Kernel("unsigned", EXACT_X86, "the processor has no VNNI, so signed byte products would saturate"),
     "arm64": Kernel("neon", {}, "NEON multiplies bytes to 16 bits and adds them up in 32"),
 }
+OWN: Mapping[str, str] = {"amx": "edgeguard.backends._amx"}
+"""Kernels of the runtime that one of our own surpasses with weights that come from memory, and the module that holds it."""
 UNKNOWN = Kernel("generic", {}, "the processor is unknown")
 FLOAT = Kernel("float", {}, "no product is quantised")
 
@@ -70,24 +78,42 @@ def kernel(cpu: Cpu, precision: str) -> Kernel:
     return REST.get(cpu.arch, UNKNOWN)
 
 
-def tried(cpu: Cpu, precision: str, multiply: Multiply) -> Kernel:
-    """The kernel for a processor, which has multiplied rightly; raises `InferenceError` when none does."""
+def tried(cpu: Cpu, precision: str, multiply: Multiply, *, large: bool = False) -> Kernel:
+    """The kernel for a processor, which has multiplied rightly; raises `InferenceError` when none does.
+
+    `large` weights do not fit into the processor's caches.
+    """
     first = kernel(cpu, precision)
     if precision not in QUANTISED:
         return first
-    if precision == "int4" and not is_close(multiply, first.entries):
+    if precision == "int4" and not is_close(multiply, first):
         raise InferenceError("The 4-bit kernels of this CPU give wrong sums; take an int8 or fp32 artifact or a GGUF.")
+    better = own(first) if large and precision == "int8" else None
+    if better is not None:
+        with suppress(InferenceError):  # of a system that does not grant AMX
+            if is_exact(multiply, better):
+                return better
+        first = replace(first, fallbacks=(f"the kernel {better.name} was tried here and failed",))
     # some systems do not tell of VNNI: what multiplies rightly as it is needs no other way
     plain = Kernel("signed", {}, "signed byte products were tried here and do not saturate") if first.entries else first
     saturates = f"the kernel {first.name} was tried here and saturates"
-    careful = first if first.entries else Kernel("unsigned", EXACT_X86, saturates, (saturates,))
+    careful = first if first.entries else Kernel("unsigned", EXACT_X86, saturates, (*first.fallbacks, saturates))
     for choice in (plain, careful):
-        if is_exact(multiply, choice.entries):
+        if is_exact(multiply, choice):
             return choice
     raise InferenceError("The 8-bit kernels of this CPU saturate and give wrong sums; take an fp32 artifact or a GGUF.")
 
 
-def is_exact(multiply: Multiply, entries: Mapping[str, str]) -> bool:
+def own(kernel: Kernel) -> Kernel | None:
+    """Our own in the place of one of the runtime's; None where there is none, or it was not built when edgeguard was installed."""
+    spec = find_spec(OWN[kernel.name]) if kernel.name in OWN else None
+    if spec is None or spec.origin is None:
+        return None
+    reason = f"{kernel.reason}; edgeguard's own kernel reads weights ahead while it multiplies"
+    return Kernel(f"edgeguard {kernel.name}", {}, reason, (), Path(spec.origin))
+
+
+def is_exact(multiply: Multiply, kernel: Kernel) -> bool:
     """Whether 8-bit products of the largest numbers there are, for one token and for many, give exact sums."""
     weights = np.empty((576, 64), np.int8)
     weights[:, ::3], weights[:, 1::3], weights[:, 2::3] = 127, -128, 1
@@ -96,10 +122,10 @@ def is_exact(multiply: Multiply, entries: Mapping[str, str]) -> bool:
     activations[1::3], activations[2::3, ::2] = 0, 0
     wanted = (activations.astype(np.int64) - 128) @ weights.astype(np.int64)
     model = int8_product(weights)
-    return all(np.array_equal(multiply(model, entries, activations[:tokens]), wanted[:tokens]) for tokens in (1, len(activations)))
+    return all(np.array_equal(multiply(model, kernel, activations[:tokens]), wanted[:tokens]) for tokens in (1, len(activations)))
 
 
-def is_close(multiply: Multiply, entries: Mapping[str, str]) -> bool:
+def is_close(multiply: Multiply, kernel: Kernel) -> bool:
     """Whether 4-bit products of the largest numbers there are differ no more than by the rounding of activations to 8 bits.
 
     A step of that rounding is a 127th of the largest activation.
@@ -112,5 +138,5 @@ def is_close(multiply: Multiply, entries: Mapping[str, str]) -> bool:
     signed = weights.T.astype(np.float64) - 8
     wanted, allowed = activations.astype(np.float64) @ signed, 1.1 * ROUNDING / 127 * np.abs(signed).sum(0)
     model = int4_product(weights, BLOCK)
-    return all(bool((np.abs(multiply(model, entries, activations[:tokens]) - wanted[:tokens]) <= allowed).all())
+    return all(bool((np.abs(multiply(model, kernel, activations[:tokens]) - wanted[:tokens]) <= allowed).all())
                for tokens in (1, len(activations)))

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from edgeguard.architecture import Shape
 from edgeguard.backends import background
 from edgeguard.backends.base import PACKED, BackendInfo, FloatArray, IntArray, Node, Run
+from edgeguard.backends.file_pages import let_go
 from edgeguard.backends.kernels import kernel
 from edgeguard.backends.keys_values import Buffer, keys_and_values, room
 from edgeguard.backends.onnx_export import ExportGraph
@@ -148,7 +149,10 @@ class OnnxBackend:
             if available_memory() < self._artifact.size * PACKED:
                 return
             check_files(self._artifact)  # again: it may be long since they were loaded
-            self._state = self._using(self._load(entries=None, loading=self._loading))
+            session = self._load(large=isinstance(self._running[0], GuardGraph), loading=self._loading)
+            self._state = self._using(session)
+            self.info = replace(self.info, kernel=session.kernel.name, fallbacks=session.fallbacks)
+            let_go(self._artifact.path(self._artifact.manifest.weights).resolve().parent)
 
     def _using(self, session: Session, form: str = "") -> State:
         graph = graph_of(session, self._artifact.manifest.shape, self.info.head_ids)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from edgeguard.backends import huge_pages
 from edgeguard.backends.base import Run
 from edgeguard.backends.kernels import FLOAT as FLOAT_KERNEL
-from edgeguard.backends.kernels import QUANTISED, tried
+from edgeguard.backends.kernels import QUANTISED, Kernel, tried
 from edgeguard.backends.onnx_protobuf import FLOAT, ExternalTensor, check_external
 from edgeguard.errors import DeviceError, EdgeGuardError, InferenceError, ModelFileError, ModelMemoryError, RuntimeMissingError
 from edgeguard.machine import cpu, default_threads, no_telemetry, runtime_conflict, runtimes
@@ -39,14 +39,15 @@ class Session:
     """A loaded model, on the device that was granted.
 
     `entries` are added to the session's configuration, `optimised` says that the model is one that ONNX Runtime has written,
-    `written` is where it shall write it. Unless the files are `checked` by their hashes, scales are looked through.
+    `written` is where it shall write it. Unless the files are `checked` by their hashes, scales are looked through. A `large`
+    guard graph, whose weights do not fit into the processor's caches, is multiplied by kernels of our own where there are some.
     `loading` can stop the loading. Raises `CancelledError` then, `RuntimeMissingError`, `DeviceError` (a device asked for by name
     is not there), `ModelFileError`, `ModelMemoryError`, and `InferenceError` when this CPU's 8-bit kernels do not multiply exactly.
     """
 
     def __init__(self, model: Path, precision: str, device: str, threads: int | None, *,
                  entries: Mapping[str, str] | None = None, optimised: bool = False, written: Path | None = None,
-                 checked: bool = False, loading: Run | None = None) -> None:
+                 checked: bool = False, large: bool = False, loading: Run | None = None) -> None:
         ort = _onnxruntime()
         tensors = check_external(model)
         if precision in QUANTISED and not checked:
@@ -56,9 +57,10 @@ class Session:
         self.threads = threads or default_threads()
         self._run_options = ort.RunOptions
         chosen = _devices(device, precision, ort.get_available_providers())
-        self.kernel = tried(cpu(), precision, partial(_multiplied, entries or {})) if "cpu" in chosen else FLOAT_KERNEL
+        multiply = partial(_multiplied, entries or {})
+        self.kernel = tried(cpu(), precision, multiply, large=large) if "cpu" in chosen else FLOAT_KERNEL
         """Of the CPU."""
-        options = _options(ort, self.threads, {**self.kernel.entries, **(entries or {})})
+        options = _options(ort, self.threads, self.kernel, entries or {})
         if optimised:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         if written:
@@ -139,15 +141,17 @@ def _granted(ort: Any, model: Path, devices: Sequence[str], options: Any, run: R
     raise DeviceError(f"The device {devices[-1]!r} was asked for and not granted. {conflict}")
 
 
-def _options(ort: Any, threads: int, entries: Mapping[str, str]) -> Any:  # noqa: ANN401
+def _options(ort: Any, threads: int, kernel: Kernel, entries: Mapping[str, str]) -> Any:  # noqa: ANN401
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = ERRORS
     # a pass of the mini has a thousand operators of microseconds: sleeping between them costs a quarter of its time;
     # between two passes threads sleep, for the sake of other processes
     spinning = {"session.intra_op.allow_spinning": "1", "session.force_spinning_stop": "1"}
-    for key, value in {**spinning, **entries}.items():
+    for key, value in {**spinning, **kernel.entries, **entries}.items():
         options.add_session_config_entry(key, value)
+    if kernel.library is not None:
+        options.register_custom_ops_library(str(kernel.library))
     return options
 
 
@@ -166,11 +170,11 @@ def _check_finite(model: Path, tensors: Sequence[ExternalTensor]) -> None:
             raise ModelFileError(f"{tensor.name} in {model.parent / tensor.location} is damaged: not all its numbers are finite.")
 
 
-def _multiplied(more: Mapping[str, str], model: bytes, entries: Mapping[str, str], activations: NDArray[Any]) -> NDArray[np.float32]:
+def _multiplied(entries: Mapping[str, str], model: bytes, kernel: Kernel, activations: NDArray[Any]) -> NDArray[np.float32]:
     """Runs the tiny models that kernels are tried with, in the configuration that the session will have."""
     ort = _onnxruntime()
     with _translated():
-        session = ort.InferenceSession(model, _options(ort, 1, {**entries, **more}), providers=[PROVIDERS["cpu"]])
+        session = ort.InferenceSession(model, _options(ort, 1, kernel, entries), providers=[PROVIDERS["cpu"]])
         return np.asarray(session.run(None, {"a": activations})[0])
 
 
