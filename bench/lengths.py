@@ -55,11 +55,11 @@ def _measure(contender: Contender, length: Length, cells: dict[str, Cell], promp
     result = []
     with Worker(contender.program, log) as worker:
         worker.load()
-        facts = {"bytes": contender.bytes, **worker.facts}
         warm = prompts.items("safe", TOKENS, 0, 1)  # every path once; its time is that of a cold call
         worker.judge(warm, prompts.answers, threshold=1.0)
         worker.judge(warm, prompts.answers, threshold=0.0)
-        before = worker.memory()  # behind the second message, since weights may be packed behind the first
+        # behind the second message, since weights may be packed behind the first
+        before, facts = worker.memory(), {"bytes": contender.bytes, **worker.facts}
         with worker.watched() as peak:
             for answer in length.answers:
                 items = prompts.items(answer, length.tokens, 0, SPARE * length.runs)

@@ -88,24 +88,30 @@ def _visit(contender: Contender, turn: int, stream: Stream, cells: dict[str, Cel
     with Worker(contender.program, logs / f"{contender.id}-{turn}.log") as worker:
         loaded = worker.load()
         at_load = worker.memory()
-        facts = {**worker.facts, "bytes": worker.facts.get("bytes") or contender.bytes, **contender.facts}
+        fresh = _facts(worker, contender)
         threshold = FORCED["safe"] if stream.random else None
         cold = worker.judge(given[stream.answers[0]][:1], prompts.answers, max_tokens=most, threshold=threshold)
         found = {
             answer: judged(worker, contender, answer, items[1:], prompts.answers, wanted=stream.steady, random=stream.random)
             for answer, items in given.items()
         }
-        at_end = worker.memory()
+        at_end, facts = worker.memory(), _facts(worker, contender)
     tokens = _tokens(given[stream.answers[0]], contender)
     result = [
-        cells["load"].with_samples([loaded["load_s"]], facts),
-        cells["first"].with_samples([cold["seconds"]], facts, prompt_tokens=tokens["prompt_tokens"]),
-        *(_memory(cells[role], memory, facts) for role, memory in (("memory at load", at_load), ("memory at steady", at_end))),
+        cells["load"].with_samples([loaded["load_s"]], fresh),
+        cells["first"].with_samples([cold["seconds"]], fresh, prompt_tokens=tokens["prompt_tokens"]),
+        _memory(cells["memory at load"], at_load, fresh),
+        _memory(cells["memory at steady"], at_end, facts),
     ]
     for answer, samples in found.items():
         if samples.seconds:
             result.append(cells[answer].with_samples(samples.seconds, facts, **tokens, answers=samples.raws, forced=sum(samples.forced)))
     return result
+
+
+def _facts(worker: Worker, contender: Contender) -> dict[str, Any]:
+    """As they are now: what edgeguard multiplies by changes when weights are packed."""
+    return {**worker.facts, "bytes": worker.facts.get("bytes") or contender.bytes, **contender.facts}
 
 
 def judged(worker: Worker, contender: Contender, answer: str, items: Sequence[Item], answers: dict[str, list[int]], *,

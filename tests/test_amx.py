@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,18 +17,27 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeguard.backends.kernels import Kernel, kernel, own
+from edgeguard.backends import kernels
+from edgeguard.backends.kernels import Kernel, kernel, own_kernel
 from edgeguard.machine import cpu
 
 RUNTIMES = kernel(cpu(), "int8")
-MINE = own(RUNTIMES)
+MINE = own_kernel(RUNTIMES)
 pytestmark = pytest.mark.skipif(MINE is None, reason="this processor has no AMX, or edgeguard was installed without a compiler")
 
 
-def product(weights: NDArray[np.int8], scales: NDArray[np.float32], *, zero_point: int = 128, constant: bool = True) -> bytes:
+def test_it_is_built_of_the_file_that_is_here() -> None:
+    """An installation that does not compile leaves an older library where it was."""
+    assert MINE is not None and MINE.library is not None
+    source = Path(kernels.__file__).with_name("amx.c")
+    assert MINE.library.stat().st_mtime >= source.stat().st_mtime, "install edgeguard again"
+
+
+def product(weights: NDArray[np.int8], scales: NDArray[np.float32], *, zero_point: int = 128, constant: bool = True,
+            step: float | NDArray[np.float32] = 0.37) -> bytes:
     """A model of one product."""
     node = helper.make_node("MatMulIntegerToFloat", ["a", "b", "step", "scales", "zero"], ["y"], domain="com.microsoft")
-    kept = {"b": weights, "step": np.float32(0.37), "scales": scales, "zero": np.uint8(zero_point)}
+    kept = {"b": weights, "step": np.float32(step), "scales": scales, "zero": np.uint8(zero_point)}
     inputs = [helper.make_tensor_value_info("a", TensorProto.UINT8, None)]
     if not constant:
         inputs.append(helper.make_tensor_value_info("b", TensorProto.INT8, list(kept.pop("b").shape)))
@@ -108,11 +120,40 @@ def test_a_session_may_end_before_another() -> None:
 def test_what_it_is_not_made_for_is_an_error() -> None:
     weights, scales, a = drawn(1, 96, 32, 4)
     with pytest.raises(Exception, match="zero point other than 128"):
-        session(product(weights, scales, zero_point=3), MINE).run(None, {"a": a})
+        session(product(weights, scales, zero_point=3), MINE)
+    for wrong in (product(weights, scales[:1]), product(weights, scales, step=np.ones(2, np.float32))):
+        with pytest.raises(Exception, match="scales of another shape"):
+            session(wrong, MINE).run(None, {"a": a})
     with pytest.raises(Exception, match="not constant"):
         session(product(weights, scales, constant=False), MINE)
     with pytest.raises(Exception, match="another width"):
         session(product(weights, scales), MINE).run(None, {"a": a[:, :64]})
+
+
+def test_tiles_of_the_thread_are_left_as_they_were(tmp_path: Path) -> None:
+    """llama.cpp sets them once for a thread and never looks again."""
+    program = tmp_path / "tiles.c"
+    program.write_text(TILES)
+    library = tmp_path / "tiles.so"
+    compiled = subprocess.run(["cc", "-shared", "-fPIC", "-o", library, program], capture_output=True, check=False)
+    if compiled.returncode:
+        pytest.skip("no compiler here")
+    tiles = ctypes.CDLL(str(library))
+    weights, scales, a = drawn(4, 128, 64, 40)
+    run = session(product(weights, scales), MINE, threads=1)
+    run.run(None, {"a": a})
+    tiles.set()
+    run.run(None, {"a": a})
+    assert tiles.rows() == 7
+    tiles.release()
+
+
+TILES = """
+static struct { unsigned char palette, start, rest[14]; unsigned short bytes[16]; unsigned char rows[16]; } ours, found;
+void set(void) { ours.palette = 1; ours.bytes[0] = 64; ours.rows[0] = 7; __asm__ volatile("ldtilecfg %0" ::"m"(ours) : "memory"); }
+int rows(void) { __asm__ volatile("sttilecfg %0" : "=m"(found)::"memory"); return found.palette == 1 ? found.rows[0] : -1; }
+void release(void) { __asm__ volatile("tilerelease"); }
+"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the library is for Linux")

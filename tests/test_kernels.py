@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,12 @@ class Machine:
     def __call__(self, model: bytes, kernel: Kernel, a: NDArray[Any]) -> NDArray[np.float32]:
         if kernel.library and not self.grants:
             raise InferenceError
-        size = 576 * 64
         start = model.index(b"b" + b"\x4a") + 2
+        size = place = 0
         while model[start] > 127:  # the length's varint
-            start += 1
-        weights = np.frombuffer(model[start + 1 :][:size], np.int8).reshape(576, 64).astype(np.int64)
+            size, place, start = size | (model[start] & 127) << place, place + 7, start + 1
+        size |= model[start] << place
+        weights = np.frombuffer(model[start + 1 :][:size], np.int8).reshape(a.shape[1], -1).astype(np.int64)
         if not self.saturates or (self.heeds and dict(kernel.entries) == EXACT_X86):
             return ((a.astype(np.int64) - 128) @ weights).astype(np.float32)
         pairs = a.astype(np.int64)[:, :, None] * weights
@@ -90,25 +92,33 @@ def built(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("built")
 def test_large_weights_on_amx_get_our_own_kernel() -> None:
     amx = RECORDED["amx"]
-    mine = tried(amx, "int8", Machine(saturates=False), large=True)
+    mine = tried(amx, "int8", Machine(saturates=False), own=True)
     assert mine.name == "edgeguard amx" and mine.library == Path(kernels.__file__) and not mine.fallbacks
     assert tried(amx, "int8", Machine(saturates=False)).name == "amx", "small weights stay in the caches"
-    assert tried(amx, "int4", partial(onnx_session._multiplied, {}), large=True).library is None
-    assert tried(RECORDED["avx512-vnni"], "int8", Machine(saturates=False), large=True).name == "avx512-vnni"
+    assert tried(amx, "int4", partial(onnx_session._multiplied, {}), own=True).library is None
+    assert tried(RECORDED["avx512-vnni"], "int8", Machine(saturates=False), own=True).name == "avx512-vnni"
 
 
 @pytest.mark.usefixtures("built")
 def test_our_own_kernel_that_fails_is_told_of() -> None:
-    fallen = tried(RECORDED["amx"], "int8", Machine(saturates=False, grants=False), large=True)
+    fallen = tried(RECORDED["amx"], "int8", Machine(saturates=False, grants=False), own=True)
     assert fallen.name == "amx" and fallen.library is None and "edgeguard amx" in fallen.fallbacks[0]
-    both = tried(RECORDED["amx"], "int8", Machine(saturates=True), large=True)
+    both = tried(RECORDED["amx"], "int8", Machine(saturates=True), own=True)
     assert both.entries == EXACT_X86 and len(both.fallbacks) == 2
 
 
 def test_without_a_compiler_there_is_no_kernel_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "OWN", {"amx": "edgeguard.backends._not_built"})
-    kept = tried(RECORDED["amx"], "int8", Machine(saturates=False), large=True)
-    assert kept.name == "amx" and not kept.fallbacks
+    kept = tried(RECORDED["amx"], "int8", Machine(saturates=False), own=True)
+    assert kept.name == "amx" and kept.fallbacks == (kernels.NOT_BUILT,)
+    assert kernels.told(RECORDED["amx"])["large int8"].reason == kernels.NOT_BUILT
+
+
+@pytest.mark.usefixtures("built")
+def test_kernels_are_told_by_what_they_are_for() -> None:
+    found = {use: each.name for use, each in kernels.told(RECORDED["amx"]).items()}
+    assert found == {"int8": "amx", "int4": "amx", "large int8": "edgeguard amx"}
+    assert kernels.told(OLD).keys() == {"int8", "int4"}
 
 
 @pytest.mark.parametrize("cpu", [OLD, RECORDED["avx512-vnni"], RECORDED["neon"]])
@@ -132,5 +142,8 @@ def test_4_bit_products_that_are_off_are_refused() -> None:
 
 def test_the_largest_numbers_are_among_those_tried() -> None:
     seen: list[NDArray[Any]] = []
-    is_exact(lambda _model, _kernel, a: seen.append(a) or np.zeros((len(a), 64), np.float32), AS_IT_IS)
+    good = Machine(saturates=False)
+    library = replace(AS_IT_IS, library=Path("any"))
+    assert is_exact(lambda model, kernel, a: seen.append(a) or good(model, kernel, a), library)
     assert seen[0].max() == 255 and kernels.BLOCK == 32
+    assert {a.shape for a in seen} == {(1, 576), (48, 576), (1, 4200), (32, 4200), (64, 4200), (90, 4200)}, "all ways through a library"

@@ -17,7 +17,7 @@ from edgeguard import Guard, store
 from edgeguard.backends import background, kernels, onnx, onnx_session
 from edgeguard.backends.base import Run
 from edgeguard.backends.onnx import OnnxBackend
-from edgeguard.errors import CancelledError, DeadlineError, ModelMemoryError
+from edgeguard.errors import CancelledError, DeadlineError, ModelFileError, ModelMemoryError
 from edgeguard.machine import cpu
 from edgeguard.store import Artifact
 
@@ -70,6 +70,21 @@ def test_a_prefix_is_kept_apart_for_both_forms(artifact: Artifact, tmp_path: Pat
     after = backend._running[1]["kernel"]
     assert before.endswith(", unpacked") and not after.endswith("unpacked")
     assert backend.info.kernel == after, "what is told is what runs"
+    best = kernels.own_kernel(kernels.kernel(cpu(), "int8")) or kernels.kernel(cpu(), "int8")
+    assert after == best.name
+
+
+def test_a_graph_that_our_own_kernel_does_not_take_is_packed_by_the_runtime(artifact: Artifact, loads: list[Any],
+                                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise ModelFileError("a zero point other than 128")
+
+    monkeypatch.setattr(onnx, "probe", refused)
+    backend = OnnxBackend(artifact)
+    backend.extend([(backend.open(IDS, Run()), IDS)], Run())
+    background.settled()
+    assert loads == [onnx.UNPACKED, None, None]
+    assert backend.info.kernel == kernels.kernel(cpu(), "int8").name and onnx.OWN_FAILED in backend.info.fallbacks
 
 
 def test_small_and_other_artifacts_are_packed_at_load(loads: list[Any]) -> None:

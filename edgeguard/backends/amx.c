@@ -1,13 +1,12 @@
 /* MatMulIntegerToFloat for weights that come from memory, on x86 processors with AMX: an operator library for ONNX Runtime.
 
 ONNX Runtime multiplies 32 tokens by a block of weights, then the next 32 by the same block. While it does the latter, nothing
-is read from memory; so reading and multiplying take one after the other, at 8B more than half of a pass. Here a strip of
-weights (16 columns) is read once, for up to 80 tokens at a time, while the next strip is asked for: a third faster at 77 tokens.
+is read from memory; so reading and multiplying take one after the other, at 8B more than half of a pass. Here weights are read
+from memory once for up to 256 tokens, multiplied by 80 of them at a time, and the next ones are asked for meanwhile.
 The sums are the same whole numbers and are scaled in the same order, so the results are the same bits.
 
-Tiles: see Intel's Architecture Instruction Set Extensions Programming Reference, chapter 3 (AMX). The operator interface of
-ONNX Runtime is that of onnxruntime_c_api.h, version 17; functions keep their places in it for ever. Linux only, since the
-kernel must be asked for AMX there and Windows and macOS offer no such processor to test with.
+Tiles: see Intel's Architecture Instruction Set Extensions Programming Reference, chapter 3 (AMX). Linux only, where AMX is to be
+asked for; elsewhere this file is empty.
 */
 #if defined(__x86_64__) && defined(__linux__)
 
@@ -21,41 +20,60 @@ kernel must be asked for AMX there and Windows and macOS offer no such processor
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* ---- the interface of ONNX Runtime, as much of it as is used ---- */
+/* ---- the interface of ONNX Runtime (onnxruntime_c_api.h), as much of it as is used; functions keep their places in it for ever ---- */
 
-enum { VERSION = 17, FLOAT = 1, UINT8 = 2, INT8 = 3, FAILED = 1 };
+enum { API_VERSION = 17 };
+enum { FLOAT = 1, UINT8 = 2, INT8 = 3 }; /* ONNXTensorElementDataType */
+enum { FAIL = 1 };                       /* OrtErrorCode */
 enum { /* places in OrtApi */
-    CREATE_STATUS = 0, CREATE_DOMAIN = 26, ADD_OPERATOR = 27, ADD_DOMAIN = 28, DATA = 51, COUNT_SIZES = 61, SIZES = 62,
-    TYPE_AND_SHAPE = 65, INPUT = 90, OUTPUT = 91, RELEASE_SHAPE = 99, CONSTANT_INPUT = 249, PARALLEL_FOR = 274
+    CREATE_STATUS = 0,
+    CREATE_DOMAIN = 26,       /* CreateCustomOpDomain */
+    ADD_OPERATOR = 27,        /* CustomOpDomain_Add */
+    ADD_DOMAIN = 28,          /* AddCustomOpDomain */
+    DATA = 51,                /* GetTensorMutableData */
+    RANK = 61,                /* GetDimensionsCount */
+    SIZES = 62,               /* GetDimensions */
+    COUNT = 64,               /* GetTensorShapeElementCount */
+    TYPE_AND_SHAPE = 65,      /* GetTensorTypeAndShape */
+    INPUT = 90,               /* KernelContext_GetInput */
+    OUTPUT = 91,              /* KernelContext_GetOutput */
+    RELEASE_SHAPE = 99,       /* ReleaseTensorTypeAndShapeInfo */
+    CONSTANT_INPUT = 249,     /* KernelInfoGetConstantInput_tensor */
+    PARALLEL_FOR = 274        /* KernelContext_ParallelFor */
 };
 typedef void (*Function)(void);
 typedef void Status; /* NULL: all is well */
 typedef struct { const Function *(*api)(uint32_t version); const char *(*version)(void); } Base;
-static const Function *api;
+static const Function *api; /* the same for all sessions of a runtime */
 #define CALL(place, result, types, ...) (((result(*) types)api[place])(__VA_ARGS__))
 #define TRY(call) do { Status *status_ = (call); if (status_) return status_; } while (0)
 
-static Status *failed(const char *message) { return CALL(CREATE_STATUS, Status *, (int, const char *), FAILED, message); }
+static Status *failed(const char *message) { return CALL(CREATE_STATUS, Status *, (int, const char *), FAIL, message); }
 
 static Status *data_of(const void *value, void *out) { return CALL(DATA, Status *, (const void *, void *), value, out); }
 
 enum { MOST_SIZES = 4 };
-static Status *sizes_of(const void *value, int64_t *sizes, size_t *count) {
-    void *shape;
-    TRY(CALL(TYPE_AND_SHAPE, Status *, (const void *, void **), value, &shape));
-    Status *status = CALL(COUNT_SIZES, Status *, (const void *, size_t *), shape, count);
-    if (!status && (*count < 1 || *count > MOST_SIZES)) status = failed("edgeguard: a product of another rank");
-    if (!status) status = CALL(SIZES, Status *, (const void *, int64_t *, size_t), shape, sizes, *count);
-    CALL(RELEASE_SHAPE, void, (void *), shape);
+typedef struct { int64_t sizes[MOST_SIZES]; size_t rank, count; } Shape;
+
+static Status *shape_of(const void *value, Shape *out) {
+    void *found;
+    TRY(CALL(TYPE_AND_SHAPE, Status *, (const void *, void **), value, &found));
+    Status *status = CALL(COUNT, Status *, (const void *, size_t *), found, &out->count);
+    if (!status) status = CALL(RANK, Status *, (const void *, size_t *), found, &out->rank);
+    if (!status && out->rank > MOST_SIZES) status = failed("edgeguard: a tensor with more than four sizes");
+    if (!status) status = CALL(SIZES, Status *, (const void *, int64_t *, size_t), found, out->sizes, out->rank);
+    CALL(RELEASE_SHAPE, void, (void *), found);
     return status;
 }
 
-/* ---- weights, in tiles of 64 rows and 16 columns, 1 KiB; a strip is all tiles of 16 columns, one behind the other ---- */
+/* ---- weights: tiles of 64 rows and 16 columns, 1 KiB; a strip is all tiles of 16 columns, one behind the other ---- */
 
-enum { TILE = 1024, DEPTH = 64, LANES = 16, LINE = 64, LONGEST = 1 << 16, HUGE_PAGE = 2 << 20 };
-typedef struct { int64_t depth, columns, tiles, strips; size_t bytes; int8_t *values; } Weights;
+enum { LANES = 16, DEPTH = 64, LINE = 64, TILE = LANES * LINE, SUMS = LANES * LANES, HUGE_PAGE = 2 << 20 };
+enum { DEEPEST = 1 << 16 }; /* so that no sum of 32 bits overflows */
+typedef struct { int64_t depth, columns, tiles /* of a strip */, strips; size_t bytes; int8_t *values; } Weights;
 
 static int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
+static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Four rows of 16 columns, four bytes of a column side by side, as the processor wants a right factor. */
 static void interleave(int8_t *out, const int8_t *rows, int64_t stride) {
@@ -68,7 +86,7 @@ static void interleave(int8_t *out, const int8_t *rows, int64_t stride) {
     _mm_store_si128((void *)(out + 48), _mm_unpackhi_epi16(AB, CD));
 }
 
-/* The same at the edges, where rows or columns are missing; `values` is zero already. */
+/* The same at the edges, where rows or columns are missing; `out` is zero already. */
 static void interleave_edge(int8_t *out, const Weights *w, const int8_t *from, int64_t row, int64_t column) {
     for (int64_t i = 0; i < LANES && column + i < w->columns; i++)
         for (int64_t j = 0; j < 4 && row + j < w->depth; j++) out[4 * i + j] = from[(row + j) * w->columns + column + i];
@@ -84,21 +102,28 @@ static void pack(Weights *w, const int8_t *from) {
         }
 }
 
+/* An input that is known at load. */
+static Status *constant(const void *info, size_t input, Shape *shape, void *data) {
+    int found = 0;
+    const void *value = NULL;
+    TRY(CALL(CONSTANT_INPUT, Status *, (const void *, size_t, int *, const void **), info, input, &found, &value));
+    if (!found) return failed("edgeguard: weights or a zero point that are not constant");
+    TRY(shape_of(value, shape));
+    return data_of(value, data);
+}
+
 static Status *create(const void *operator, const Function *unused, const void *info, void **out) {
     (void)operator, (void)unused;
-    int constant = 0;
-    const void *value;
-    int64_t sizes[MOST_SIZES];
-    size_t count;
+    Shape shape, point_shape;
     const int8_t *from;
-    TRY(CALL(CONSTANT_INPUT, Status *, (const void *, size_t, int *, const void **), info, 1, &constant, &value));
-    if (!constant) return failed("edgeguard: a product of weights that are not constant");
-    TRY(sizes_of(value, sizes, &count));
-    TRY(data_of(value, &from));
-    if (count != 2 || sizes[0] < 1 || sizes[1] < 1 || sizes[0] > LONGEST) return failed("edgeguard: weights of another shape");
+    const uint8_t *point;
+    TRY(constant(info, 1, &shape, &from));
+    TRY(constant(info, 4, &point_shape, &point));
+    if (shape.rank != 2 || !shape.count || shape.sizes[0] > DEEPEST) return failed("edgeguard: weights of another shape");
+    if (point_shape.count != 1 || *point != 128) return failed("edgeguard: a zero point other than 128");
     Weights *w = malloc(sizeof *w);
     if (!w) return failed("edgeguard: out of memory");
-    *w = (Weights){ sizes[0], sizes[1], parts(sizes[0], DEPTH), parts(sizes[1], LANES), 0, NULL };
+    *w = (Weights){ shape.sizes[0], shape.sizes[1], parts(shape.sizes[0], DEPTH), parts(shape.sizes[1], LANES), 0, NULL };
     w->bytes = (size_t)(w->tiles * w->strips) * TILE;
     w->values = mmap(NULL, w->bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (w->values == MAP_FAILED) {
@@ -117,20 +142,21 @@ static void destroy(void *weights) {
     free(w);
 }
 
-/* ---- the product ---- */
+/* ---- the product: of a pass of tokens, in tiles of 16, blocks of them, with strips that threads take in shares ---- */
 
-enum { BLOCK = 5 }; /* tiles of 16 tokens that are summed up at a time: 5 sums, 2 of activations, 1 of weights are all 8 tiles */
-enum { STRETCH = 64 }; /* tiles along the depth for which the activations of a pass stay in the second cache, 1 MiB at most */
-enum { PASS = 16 * LANES, SHARES = 128, LONG_SHARES = 32, WORKERS = 64 };
+enum { BLOCK = 5 };          /* tiles of tokens that are summed up at a time: with 2 of activations and 1 of weights all 8 of a processor */
+enum { PASS = 16 * LANES };  /* tokens for which weights are read once; of each stretch 1 MiB, so that they stay in the second cache */
+enum { STRETCH = 64 };       /* tiles of a strip; of deeper weights sums are kept between stretches */
+enum { SHARES = 128, DEEP_SHARES = 32, WORKERS = 64 }; /* shares are larger where activations are read again for each */
 #define AMX __attribute__((target("amx-int8,amx-tile,avx512f,avx512bw")))
 
-typedef struct { /* of up to PASS tokens */
+typedef struct {
     const Weights *w;
     const uint8_t *activations;
     float *out;
     const float *scales;
     float step;
-    int64_t tokens, share;
+    int64_t tokens, token_tiles, strips_a_share;
     atomic_llong next; /* strip that nobody has taken */
     atomic_int failed;
 } Product;
@@ -139,44 +165,48 @@ typedef struct { /* of up to PASS tokens */
 AMX static void tile_activations(const Product *p, int8_t *out) {
     const Weights *w = p->w;
     const __m512i zero_point = _mm512_set1_epi8((char)128);
-    const int64_t rows = parts(p->tokens, LANES);
-    for (int64_t token = 0; token < rows * LANES; token++) {
-        const int64_t row = token / LANES, first = row / BLOCK * BLOCK, high = rows - first < BLOCK ? rows - first : BLOCK;
+    for (int64_t token = 0; token < p->token_tiles * LANES; token++) {
+        const int64_t place = token / LANES, block = place / BLOCK * BLOCK, high = least(p->token_tiles - block, BLOCK);
         for (int64_t tile = 0; tile < w->tiles; tile++) {
             const int64_t left = token < p->tokens ? w->depth - tile * DEPTH : 0;
             const __mmask64 there = left >= DEPTH ? ~0ULL : (1ULL << left) - 1;
             const __m512i values = _mm512_maskz_loadu_epi8(there, p->activations + token * w->depth + tile * DEPTH);
-            _mm512_store_si512(out + (first * w->tiles + tile * high + row - first) * TILE + token % LANES * LINE,
+            _mm512_store_si512(out + (block * w->tiles + tile * high + place - block) * TILE + token % LANES * LINE,
                                _mm512_maskz_sub_epi8(there, values, zero_point));
         }
     }
 }
 
-/* Sums of `high` tiles of tokens by one strip, over `deep` tiles; lines `from` to `to` of each tile `ahead` are fetched meanwhile. */
-AMX static inline __attribute__((always_inline)) void add_up(
-    const int high, const int8_t *a, const int8_t *b, int64_t deep, const int8_t *ahead, int from, int to, int32_t *sums, int fresh) {
-#define EACH(do) do(0, 5) if (high > 1) do(1, 6) if (high > 2) do(2, 5) if (high > 3) do(3, 6) if (high > 4) do(4, 5)
-#define CLEAR(i, _) _tile_zero(i);
-#define LOAD(i, _) _tile_loadd(i, sums + i * 256, 64);
-#define STORE(i, _) _tile_stored(i, sums + i * 256, 64);
-#define ADD(i, tile) { _tile_loadd(tile, a + (t * high + i) * TILE, LINE); _tile_dpbssd(i, tile, 7); }
-    if (fresh) { EACH(CLEAR) } else { EACH(LOAD) }
-    for (int64_t t = 0; t < deep; t++) {
-        _tile_loadd(7, b + t * TILE, LINE);
-        for (int line = from; line < to; line++) _mm_prefetch((const char *)ahead + t * TILE + line * LINE, _MM_HINT_T1);
+/* What a block reads and adds to: `deep` tiles of a strip, and `high` tiles of tokens beside each of them. */
+typedef struct {
+    const int8_t *activations, *weights, *ahead; /* of `ahead`, lines `from` to `to` of each tile are asked for meanwhile */
+    int64_t deep;
+    int from, to, fresh; /* fresh: sums begin at 0 */
+    int32_t *sums;
+} Block;
+
+AMX static inline __attribute__((always_inline)) void add_up(const Block *k, const int high) {
+#define EACH(step) step(0, 5) if (high > 1) step(1, 6) if (high > 2) step(2, 5) if (high > 3) step(3, 6) if (high > 4) step(4, 5)
+#define CLEAR(sum, _) _tile_zero(sum);
+#define LOAD(sum, _) _tile_loadd(sum, k->sums + sum * SUMS, LINE);
+#define STORE(sum, _) _tile_stored(sum, k->sums + sum * SUMS, LINE);
+#define ADD(sum, tile) { _tile_loadd(tile, k->activations + (t * high + sum) * TILE, LINE); _tile_dpbssd(sum, tile, 7); }
+    if (k->fresh) { EACH(CLEAR) } else { EACH(LOAD) }
+    for (int64_t t = 0; t < k->deep; t++) {
+        _tile_loadd(7, k->weights + t * TILE, LINE);
+        for (int line = k->from; line < k->to; line++) _mm_prefetch((const char *)k->ahead + t * TILE + line * LINE, _MM_HINT_T1);
         EACH(ADD)
     }
     EACH(STORE)
 }
 
-AMX static void add_up_block(
-    int64_t high, const int8_t *a, const int8_t *b, int64_t deep, const int8_t *ahead, int from, int to, int32_t *sums, int fresh) {
+AMX static void add_up_block(const Block *k, int64_t high) {
     switch (high) { /* tiles are named in the instructions */
-        case 1: add_up(1, a, b, deep, ahead, from, to, sums, fresh); break;
-        case 2: add_up(2, a, b, deep, ahead, from, to, sums, fresh); break;
-        case 3: add_up(3, a, b, deep, ahead, from, to, sums, fresh); break;
-        case 4: add_up(4, a, b, deep, ahead, from, to, sums, fresh); break;
-        default: add_up(5, a, b, deep, ahead, from, to, sums, fresh);
+        case 1: add_up(k, 1); break;
+        case 2: add_up(k, 2); break;
+        case 3: add_up(k, 3); break;
+        case 4: add_up(k, 4); break;
+        default: add_up(k, BLOCK);
     }
 }
 
@@ -189,73 +219,88 @@ AMX static void scale(const Product *p, int64_t strip, const int32_t *sums) {
                               _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_load_si512(sums + token * LANES)), scales));
 }
 
-/* The strips `first` to `last`; those that are asked for last are the first of `then`. */
-AMX static void multiply(const Product *p, const int8_t *a, int32_t *sums, int64_t first, int64_t last, int64_t then) {
-    const Weights *w = p->w;
-    const int64_t rows = parts(p->tokens, LANES), blocks = parts(rows, BLOCK), whole = w->tiles <= STRETCH;
-    for (int64_t start = 0; start < w->tiles; start += STRETCH) {
-        const int64_t deep = w->tiles - start < STRETCH ? w->tiles - start : STRETCH, end = start + deep == w->tiles;
+/* One stretch of a strip, for all tokens of the pass. */
+AMX static void add_up_stretch(const Product *p, const int8_t *activations, int64_t strip, int64_t start, int64_t deep,
+                               const int8_t *ahead, int32_t *sums) {
+    const int64_t blocks = parts(p->token_tiles, BLOCK);
+    for (int64_t block = 0; block < blocks; block++) {
+        const int64_t first = block * BLOCK, high = least(p->token_tiles - first, BLOCK);
+        const int from = (int)(LANES * block / blocks), to = (int)(LANES * (block + 1) / blocks);
+        const Block k = { activations + (first * p->w->tiles + start * high) * TILE, p->w->values + (strip * p->w->tiles + start) * TILE,
+                          ahead, deep, from, to, start == 0, sums + first * SUMS };
+        add_up_block(&k, high);
+    }
+}
+
+/* The strips `first` to `last`; behind them comes `next`. */
+AMX static void multiply(const Product *p, const int8_t *activations, int32_t *sums, int64_t first, int64_t last, int64_t next) {
+    const int64_t tiles = p->w->tiles, kept = tiles > STRETCH ? p->token_tiles * SUMS : 0; /* sums of each strip, or one place for all */
+    for (int64_t start = 0; start < tiles; start += STRETCH) {
+        const int64_t deep = least(tiles - start, STRETCH), end = start + deep;
         for (int64_t strip = first; strip < last; strip++) {
-            const int8_t *b = w->values + (strip * w->tiles + start) * TILE;
-            const int8_t *ahead = strip + 1 < last ? b + w->tiles * TILE
-                : end ? w->values + then * w->tiles * TILE : w->values + (first * w->tiles + start + deep) * TILE;
-            int32_t *of_strip = sums + (whole ? 0 : strip - first) * rows * 256;
-            for (int64_t block = 0; block < blocks; block++) {
-                const int64_t row = block * BLOCK, high = rows - row < BLOCK ? rows - row : BLOCK;
-                add_up_block(high, a + (row * w->tiles + start * high) * TILE, b, deep, ahead, (int)(16 * block / blocks),
-                             (int)(16 * (block + 1) / blocks), of_strip + row * 256, start == 0);
-            }
-            if (end) scale(p, strip, of_strip);
+            const int64_t after = strip + 1 < last ? (strip + 1) * tiles + start : end < tiles ? first * tiles + end : next * tiles;
+            int32_t *of_strip = sums + (strip - first) * kept;
+            add_up_stretch(p, activations, strip, start, deep, p->w->values + after * TILE, of_strip);
+            if (end == tiles) scale(p, strip, of_strip);
         }
     }
 }
 
-/* Takes strips until there are none; one of these runs on each thread. */
+/* Takes shares until there are none; one of these runs on each thread, with activations of its own in its own cache. */
 AMX static void work(void *product, size_t index) {
     (void)index;
     Product *p = product;
     const Weights *w = p->w;
-    int64_t first = atomic_fetch_add(&p->next, p->share);
+    int64_t first = atomic_fetch_add(&p->next, p->strips_a_share);
     if (first >= w->strips) return;
-    const int64_t rows = parts(p->tokens, LANES), kept = w->tiles <= STRETCH ? 1 : p->share;
-    int8_t *a = aligned_alloc(LINE, (size_t)(rows * (w->tiles + kept)) * TILE);
-    if (!a) {
+    const int64_t strips = w->tiles > STRETCH ? p->strips_a_share : 1;
+    int8_t *activations = aligned_alloc(LINE, (size_t)(p->token_tiles * (w->tiles + strips)) * TILE);
+    if (!activations) {
         atomic_store(&p->failed, 1);
         return;
     }
-    tile_activations(p, a);
-    struct { uint8_t palette, start, rest[14]; uint16_t bytes[16]; uint8_t rows[16]; } shape = { .palette = 1 };
-    for (int tile = 0; tile < 8; tile++) shape.bytes[tile] = LINE, shape.rows[tile] = LANES;
-    __asm__ volatile("ldtilecfg %0" ::"m"(shape) : "memory"); /* its intrinsic loses stores with GCC 12.2 and older */
+    tile_activations(p, activations);
+    typedef struct { uint8_t palette, start, rest[14]; uint16_t bytes[16]; uint8_t rows[16]; } Tiles;
+    Tiles others, ours = { .palette = 1 };
+    for (int tile = 0; tile < 8; tile++) ours.bytes[tile] = LINE, ours.rows[tile] = LANES;
+    /* llama.cpp takes it that nobody changes the tiles of a thread. In assembly, since GCC 12's intrinsics do not say that memory is read;
+       its tile loads do not either: all that they read is written above. */
+    __asm__ volatile("sttilecfg %0" : "=m"(others)::"memory");
+    __asm__ volatile("ldtilecfg %0" ::"m"(ours) : "memory");
     while (first < w->strips) {
-        const int64_t next = atomic_fetch_add(&p->next, p->share), last = first + p->share;
-        multiply(p, a, (int32_t *)(a + rows * w->tiles * TILE), first, last < w->strips ? last : w->strips, next < w->strips ? next : 0);
+        const int64_t next = atomic_fetch_add(&p->next, p->strips_a_share);
+        multiply(p, activations, (int32_t *)(activations + p->token_tiles * w->tiles * TILE), first,
+                 least(first + p->strips_a_share, w->strips), next < w->strips ? next : 0);
         first = next;
     }
-    _tile_release();
-    free(a);
+    __asm__ volatile("ldtilecfg %0" ::"m"(others) : "memory");
+    free(activations);
 }
+
+enum { ACTIVATIONS, WEIGHTS, STEP, SCALES, ZERO_POINT, INPUTS };
 
 static Status *compute(void *weights, void *context) {
     const Weights *w = weights;
-    const void *input[5];
-    void *output, *factor[5], *out;
-    int64_t sizes[MOST_SIZES], tokens = 1;
-    size_t count;
-    for (size_t i = 0; i < 5; i++) {
+    const void *input[INPUTS];
+    void *output, *data[INPUTS], *out;
+    Shape shape[INPUTS], *given = &shape[ACTIVATIONS];
+    for (size_t i = 0; i < INPUTS; i++) {
         TRY(CALL(INPUT, Status *, (const void *, size_t, const void **), context, i, &input[i]));
-        TRY(data_of(input[i], &factor[i]));
+        TRY(shape_of(input[i], &shape[i]));
+        TRY(data_of(input[i], &data[i]));
     }
-    TRY(sizes_of(input[0], sizes, &count));
-    for (size_t i = 0; i + 1 < count; i++) tokens *= sizes[i];
-    if (sizes[count - 1] != w->depth) return failed("edgeguard: activations of another width than the weights");
-    if (*(const uint8_t *)factor[4] != 128) return failed("edgeguard: a zero point other than 128");
-    sizes[count - 1] = w->columns;
-    TRY(CALL(OUTPUT, Status *, (void *, size_t, const int64_t *, size_t, void **), context, 0, sizes, count, &output));
+    if (!given->rank || given->sizes[given->rank - 1] != w->depth)
+        return failed("edgeguard: activations of another width than the weights");
+    if (shape[STEP].count != 1 || shape[SCALES].count != (size_t)w->columns) return failed("edgeguard: scales of another shape");
+    const int64_t tokens = (int64_t)given->count / w->depth;
+    given->sizes[given->rank - 1] = w->columns;
+    TRY(CALL(OUTPUT, Status *, (void *, size_t, const int64_t *, size_t, void **), context, 0, given->sizes, given->rank, &output));
     TRY(data_of(output, &out));
     for (int64_t token = 0; token < tokens; token += PASS) {
-        Product p = { w, (const uint8_t *)factor[0] + token * w->depth, (float *)out + token * w->columns, factor[3],
-                      *(const float *)factor[2], tokens - token < PASS ? tokens - token : PASS, parts(w->strips, w->tiles <= STRETCH ? SHARES : LONG_SHARES), 0, 0 };
+        Product p = { .w = w, .activations = (const uint8_t *)data[ACTIVATIONS] + token * w->depth,
+                      .out = (float *)out + token * w->columns, .scales = data[SCALES], .step = *(const float *)data[STEP], .tokens = least(tokens - token, PASS) };
+        p.token_tiles = parts(p.tokens, LANES);
+        p.strips_a_share = parts(w->strips, w->tiles > STRETCH ? DEEP_SHARES : SHARES);
         TRY(CALL(PARALLEL_FOR, Status *, (const void *, void (*)(void *, size_t), size_t, size_t, void *), context, work, WORKERS, 0, &p));
         if (p.failed) return failed("edgeguard: out of memory");
     }
@@ -266,13 +311,15 @@ static Status *compute(void *weights, void *context) {
 
 static const char *name(const void *operator) { return (void)operator, "MatMulIntegerToFloat"; }
 static const char *provider(const void *operator) { return (void)operator, NULL; /* the CPU */ }
-static int input_type(const void *operator, size_t i) { return (void)operator, (const int[]){ UINT8, INT8, FLOAT, FLOAT, UINT8 }[i]; }
+static int input_type(const void *operator, size_t i) {
+    return (void)operator, (const int[INPUTS]){ UINT8, INT8, FLOAT, FLOAT, UINT8 }[i];
+}
 static int output_type(const void *operator, size_t i) { return (void)operator, (void)i, FLOAT; }
-static size_t inputs(const void *operator) { return (void)operator, 5; }
+static size_t inputs(const void *operator) { return (void)operator, INPUTS; }
 static size_t outputs(const void *operator) { return (void)operator, 1; }
-static int plain(const void *operator, size_t i) { return (void)operator, (void)i, 0; /* required; in ordinary memory */ }
-static int first_version(const void *operator) { return (void)operator, 1; }
-static int last_version(const void *operator) { return (void)operator, INT32_MAX; }
+static int zero(const void *operator, size_t i) { return (void)operator, (void)i, 0; }
+static int one(const void *operator) { return (void)operator, 1; }
+static int most(const void *operator) { return (void)operator, INT32_MAX; }
 
 static const struct { /* OrtCustomOp */
     uint32_t version;
@@ -287,19 +334,19 @@ static const struct { /* OrtCustomOp */
     int (*input_kind)(const void *, size_t), (*output_kind)(const void *, size_t), (*input_memory)(const void *, size_t);
     int (*variadic[4])(const void *);
     Status *(*create)(const void *, const Function *, const void *, void **), *(*compute)(void *, void *);
-    void *infer;
+    void *infer_shape;
     int (*first_version)(const void *), (*last_version)(const void *);
-} product = {
-    VERSION, NULL, name, provider, input_type, inputs, output_type, outputs, NULL, destroy, plain, plain, plain,
-    { first_version, first_version, first_version, first_version }, create, compute, NULL, first_version, last_version
-};
+} product = { API_VERSION, NULL, name, provider, input_type, inputs, output_type, outputs, NULL, destroy,
+              zero, zero, zero /* required, and in ordinary memory */, { one, one, one, one } /* not asked for */, create, compute, NULL,
+              one, most };
 
 /* Called by ONNX Runtime for a session that the library is registered with; an error unless the system grants AMX. */
 Status *RegisterCustomOps(void *options, const Base *base) {
     enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* arch_prctl(2), as in the kernel's documentation of AMX */
-    void *domain;
-    api = base->api(VERSION);
-    if (!api) return NULL; /* then there is no operator of ours */
+    const Function *offered = base->api(API_VERSION);
+    void *domain; /* never freed: sessions use it, and nothing tells when the last one ends */
+    api = offered ? offered : base->api(1);
+    if (!offered) return failed("edgeguard: an ONNX Runtime that is too old");
     if (syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA)) return failed("edgeguard: the system does not grant AMX");
     TRY(CALL(CREATE_DOMAIN, Status *, (const char *, void **), "com.microsoft", &domain));
     TRY(CALL(ADD_OPERATOR, Status *, (void *, const void *), domain, &product));

@@ -8,7 +8,6 @@ For large weights on AMX there is a kernel of our own (`amx.c`), to the same bit
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeguard.backends.onnx_protobuf import int4_product, int8_product
-from edgeguard.errors import InferenceError
+from edgeguard.errors import InferenceError, ModelMemoryError
 from edgeguard.machine import Cpu
 
 QUANTISED = ("int8", "int4")
@@ -64,6 +63,7 @@ REST: Mapping[str, Kernel] = {
 }
 OWN: Mapping[str, str] = {"amx": "edgeguard.backends._amx"}
 """Kernels of the runtime that one of our own surpasses with weights that come from memory, and the module that holds it."""
+NOT_BUILT = "edgeguard's own kernel was not built, for want of a C compiler (GCC 11, Clang 12 or later) when edgeguard was installed"
 UNKNOWN = Kernel("generic", {}, "the processor is unknown")
 FLOAT = Kernel("float", {}, "no product is quantised")
 
@@ -78,22 +78,21 @@ def kernel(cpu: Cpu, precision: str) -> Kernel:
     return REST.get(cpu.arch, UNKNOWN)
 
 
-def tried(cpu: Cpu, precision: str, multiply: Multiply, *, large: bool = False) -> Kernel:
+def tried(cpu: Cpu, precision: str, multiply: Multiply, *, own: bool = False) -> Kernel:
     """The kernel for a processor, which has multiplied rightly; raises `InferenceError` when none does.
 
-    `large` weights do not fit into the processor's caches.
+    `own`: one of our own if there is one that is better with weights that come from memory.
     """
     first = kernel(cpu, precision)
     if precision not in QUANTISED:
         return first
     if precision == "int4" and not is_close(multiply, first):
         raise InferenceError("The 4-bit kernels of this CPU give wrong sums; take an int8 or fp32 artifact or a GGUF.")
-    better = own(first) if large and precision == "int8" else None
-    if better is not None:
-        with suppress(InferenceError):  # of a system that does not grant AMX
-            if is_exact(multiply, better):
-                return better
-        first = replace(first, fallbacks=(f"the kernel {better.name} was tried here and failed",))
+    if own and precision == "int8" and first.name in OWN:
+        better = own_kernel(first)
+        if better and _is_exact_if_it_runs(multiply, better):
+            return better
+        first = replace(first, fallbacks=(f"the kernel {better.name} was tried here and failed" if better else NOT_BUILT,))
     # some systems do not tell of VNNI: what multiplies rightly as it is needs no other way
     plain = Kernel("signed", {}, "signed byte products were tried here and do not saturate") if first.entries else first
     saturates = f"the kernel {first.name} was tried here and saturates"
@@ -104,7 +103,7 @@ def tried(cpu: Cpu, precision: str, multiply: Multiply, *, large: bool = False) 
     raise InferenceError("The 8-bit kernels of this CPU saturate and give wrong sums; take an fp32 artifact or a GGUF.")
 
 
-def own(kernel: Kernel) -> Kernel | None:
+def own_kernel(kernel: Kernel) -> Kernel | None:
     """Our own in the place of one of the runtime's; None where there is none, or it was not built when edgeguard was installed."""
     spec = find_spec(OWN[kernel.name]) if kernel.name in OWN else None
     if spec is None or spec.origin is None:
@@ -113,16 +112,40 @@ def own(kernel: Kernel) -> Kernel | None:
     return Kernel(f"edgeguard {kernel.name}", {}, reason, (), Path(spec.origin))
 
 
+def told(cpu: Cpu) -> dict[str, Kernel]:
+    """The kernels of a processor, by what they are for."""
+    found = {precision: kernel(cpu, precision) for precision in QUANTISED}
+    if found["int8"].name in OWN:
+        found["large int8"] = own_kernel(found["int8"]) or replace(found["int8"], reason=NOT_BUILT)
+    return found
+
+
 def is_exact(multiply: Multiply, kernel: Kernel) -> bool:
-    """Whether 8-bit products of the largest numbers there are, for one token and for many, give exact sums."""
-    weights = np.empty((576, 64), np.int8)
+    """Whether 8-bit products of the largest numbers there are give exact sums, for few tokens and for many.
+
+    Of a library also deeper ones with an edge: all ways through it.
+    """
+    blocks = [(576, 64, (1, 48)), *([(4200, 40, (1, 32, 64, 90))] if kernel.library else [])]
+    return all(_is_exact(multiply, kernel, *block) for block in blocks)
+
+
+def _is_exact(multiply: Multiply, kernel: Kernel, depth: int, columns: int, counts: tuple[int, ...]) -> bool:
+    weights = np.empty((depth, columns), np.int8)
     weights[:, ::3], weights[:, 1::3], weights[:, 2::3] = 127, -128, 1
     weights[1::2, 2::3] = -128
-    activations = np.full((48, 576), 255, np.uint8)
+    activations = np.full((max(counts), depth), 255, np.uint8)
     activations[1::3], activations[2::3, ::2] = 0, 0
     wanted = (activations.astype(np.int64) - 128) @ weights.astype(np.int64)
     model = int8_product(weights)
-    return all(np.array_equal(multiply(model, kernel, activations[:tokens]), wanted[:tokens]) for tokens in (1, len(activations)))
+    return all(np.array_equal(multiply(model, kernel, activations[:tokens]), wanted[:tokens]) for tokens in counts)
+
+
+def _is_exact_if_it_runs(multiply: Multiply, kernel: Kernel) -> bool:
+    """A library may not fit the runtime, nor a system grant what it needs."""
+    try:
+        return is_exact(multiply, kernel)
+    except (InferenceError, ModelMemoryError):
+        return False
 
 
 def is_close(multiply: Multiply, kernel: Kernel) -> bool:

@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from edgeguard.architecture import Shape
 from edgeguard.backends import background
 from edgeguard.backends.base import PACKED, BackendInfo, FloatArray, IntArray, Node, Run
-from edgeguard.backends.file_pages import let_go
 from edgeguard.backends.kernels import kernel
 from edgeguard.backends.keys_values import Buffer, keys_and_values, room
 from edgeguard.backends.onnx_export import ExportGraph
@@ -36,6 +35,7 @@ LARGE = 1 << 30
 ONE_AT_A_TIME = threading.Lock()
 """Held from the look at free memory until an artifact is packed."""
 UNPACKED = {"session.disable_prepacking": "1"}
+OWN_FAILED = "edgeguard's own kernel does not take this graph"
 STATE_FORMAT = "1"
 """Of prefixes in the cache; a new one when a state has other parts or another order."""
 AGAIN = "Convert the model again."
@@ -141,18 +141,29 @@ class OnnxBackend:
         """Begin to pack, once."""
         if self._later:
             self._later = False
-            self._packing = background.start("packing", self._pack, self._loading.cancel)
+            guard_graph = isinstance(self._running[0], GuardGraph)
+            self._packing = background.start("packing", partial(self._pack, own=guard_graph), self._loading.cancel)
 
-    def _pack(self) -> None:
+    def _pack(self, *, own: bool) -> None:
         """Load the packed weights and go on with them; when that fails, for want of memory or by `shutdown`, all stays as it is."""
         with suppress(EdgeGuardError, OSError, MemoryError, RuntimeError), ONE_AT_A_TIME:
             if available_memory() < self._artifact.size * PACKED:
                 return
             check_files(self._artifact)  # again: it may be long since they were loaded
-            session = self._load(large=isinstance(self._running[0], GuardGraph), loading=self._loading)
+            session, fallbacks = (self._own() if own else None), ()
+            if session is None:
+                session, fallbacks = self._load(loading=self._loading), ((OWN_FAILED,) if own else ())
             self._state = self._using(session)
-            self.info = replace(self.info, kernel=session.kernel.name, fallbacks=session.fallbacks)
-            let_go(self._artifact.path(self._artifact.manifest.weights).resolve().parent)
+            self.info = replace(self.info, kernel=session.kernel.name, fallbacks=(*session.fallbacks, *fallbacks))
+
+    def _own(self) -> Session | None:
+        """A session with a kernel of our own that has answered; None when it does not take this graph."""
+        try:
+            session = self._load(own=True, loading=self._loading)
+            probe(session, self._artifact.manifest.shape, self.info.head_ids)
+        except (ModelFileError, InferenceError):
+            return None
+        return session
 
     def _using(self, session: Session, form: str = "") -> State:
         graph = graph_of(session, self._artifact.manifest.shape, self.info.head_ids)

@@ -33,21 +33,22 @@ POLL = 0.01  # seconds between two looks at a call's cancel token
 SILENT, ERRORS = 4, 3  # severities of ONNX Runtime's log
 NO_MEMORY = ("allocate memory", "bad_alloc", "bad allocation", "out of memory")
 BLOCK = 1 << 22  # numbers looked at together
+TRIAL_THREADS = 2  # that kernels are tried with: two share a product otherwise than one
 
 
 class Session:
     """A loaded model, on the device that was granted.
 
     `entries` are added to the session's configuration, `optimised` says that the model is one that ONNX Runtime has written,
-    `written` is where it shall write it. Unless the files are `checked` by their hashes, scales are looked through. A `large`
-    guard graph, whose weights do not fit into the processor's caches, is multiplied by kernels of our own where there are some.
+    `written` is where it shall write it. Unless the files are `checked` by their hashes, scales are looked through. A guard graph
+    whose weights come from memory may be multiplied by kernels of our `own`, where there are some.
     `loading` can stop the loading. Raises `CancelledError` then, `RuntimeMissingError`, `DeviceError` (a device asked for by name
     is not there), `ModelFileError`, `ModelMemoryError`, and `InferenceError` when this CPU's 8-bit kernels do not multiply exactly.
     """
 
     def __init__(self, model: Path, precision: str, device: str, threads: int | None, *,
                  entries: Mapping[str, str] | None = None, optimised: bool = False, written: Path | None = None,
-                 checked: bool = False, large: bool = False, loading: Run | None = None) -> None:
+                 checked: bool = False, own: bool = False, loading: Run | None = None) -> None:
         ort = _onnxruntime()
         tensors = check_external(model)
         if precision in QUANTISED and not checked:
@@ -58,7 +59,7 @@ class Session:
         self._run_options = ort.RunOptions
         chosen = _devices(device, precision, ort.get_available_providers())
         multiply = partial(_multiplied, entries or {})
-        self.kernel = tried(cpu(), precision, multiply, large=large) if "cpu" in chosen else FLOAT_KERNEL
+        self.kernel = tried(cpu(), precision, multiply, own=own) if "cpu" in chosen else FLOAT_KERNEL
         """Of the CPU."""
         options = _options(ort, self.threads, self.kernel, entries or {})
         if optimised:
@@ -174,7 +175,7 @@ def _multiplied(entries: Mapping[str, str], model: bytes, kernel: Kernel, activa
     """Runs the tiny models that kernels are tried with, in the configuration that the session will have."""
     ort = _onnxruntime()
     with _translated():
-        session = ort.InferenceSession(model, _options(ort, 1, kernel, entries), providers=[PROVIDERS["cpu"]])
+        session = ort.InferenceSession(model, _options(ort, TRIAL_THREADS, kernel, entries), providers=[PROVIDERS["cpu"]])
         return np.asarray(session.run(None, {"a": activations})[0])
 
 

@@ -42,7 +42,7 @@ def doctor(
 
 def diagnose(model: str | None = None, *, probe: bool) -> dict[str, Any]:
     """Everything as plain values, the choice for a model, by default the built-in one; `problems` keep edgeguard from working."""
-    from edgeguard.backends.kernels import kernel
+    from edgeguard.backends.kernels import told
 
     cpu, installed = machine.cpu(), machine.runtimes()
     conflict = machine.runtime_conflict(installed)
@@ -60,7 +60,7 @@ def diagnose(model: str | None = None, *, probe: bool) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": {**asdict(cpu), "flags": sorted(cpu.flags), "int8": cpu.int8},
-        "kernels": {precision: {"name": (each := kernel(cpu, precision)).name, "reason": each.reason} for precision in ("int8", "int4")},
+        "kernels": {use: {"name": each.name, "reason": each.reason} for use, each in told(cpu).items()},
         "threads": asdict(machine.threads()),
         "memory": {"available": machine.available_memory(), "total": int(psutil.virtual_memory().total)},
         "runtimes": [{**asdict(runtime), "install": runtime.install} for runtime in installed],
@@ -153,7 +153,7 @@ def report(found: dict[str, Any]) -> list[Text]:
     pairs = [
         ("edgeguard", f"{found['edgeguard']}, Python {found['python']}, {found['platform']}"),
         ("processor", f"{cpu['model'] or cpu['vendor'] or 'unknown'}, {cpu['arch']}; {' '.join(cpu['flags'])}"),
-        *((f"{precision} kernel", f"{each['name']}: {each['reason']}") for precision, each in found["kernels"].items()),
+        *((f"{use} kernel", f"{each['name']}: {each['reason']}") for use, each in found["kernels"].items()),
         ("threads", f"{threads['count']}, because of {threads['reason']}"),
         ("memory", f"{size(memory['available'])} available of {size(memory['total'])}"),
         *((runtime["name"], runtime["version"] or f"not installed: {runtime['install']}") for runtime in found["runtimes"]),
