@@ -298,10 +298,12 @@ static Status *compute(void *weights, void *context) {
     TRY(data_of(output, &out));
     for (int64_t token = 0; token < tokens; token += PASS) {
         Product p = { .w = w, .activations = (const uint8_t *)data[ACTIVATIONS] + token * w->depth,
-                      .out = (float *)out + token * w->columns, .scales = data[SCALES], .step = *(const float *)data[STEP], .tokens = least(tokens - token, PASS) };
+                      .out = (float *)out + token * w->columns, .scales = data[SCALES], .step = *(const float *)data[STEP],
+                      .tokens = least(tokens - token, PASS) };
         p.token_tiles = parts(p.tokens, LANES);
         p.strips_a_share = parts(w->strips, w->tiles > STRETCH ? DEEP_SHARES : SHARES);
-        TRY(CALL(PARALLEL_FOR, Status *, (const void *, void (*)(void *, size_t), size_t, size_t, void *), context, work, WORKERS, 0, &p));
+        TRY(CALL(PARALLEL_FOR, Status *, (const void *, void (*)(void *, size_t), size_t, size_t, void *),
+                 context, work, WORKERS, 0, &p));
         if (p.failed) return failed("edgeguard: out of memory");
     }
     return NULL;
