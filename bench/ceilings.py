@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from edgeguard.architecture import Shape
+from edgeguard.backends.kernels import kernel, own_kernel
 from edgeguard.bench.cells import Cell, Step
 from edgeguard.bench.driver import WORKERS, Program, Worker
 from edgeguard.bench.work import fastest_seconds, linears, macs
+from edgeguard.machine import cpu
 
 BUDGET = 0.7  # seconds for each size and operator
 READ_BYTES = 1 << 30  # more than any cache holds
@@ -28,19 +30,24 @@ class Ceiling:
     """`int8` or `float`, of a matrix that is in the cache; `streamed`: int8, of one that comes from memory, as all do in a pass."""
 
 
+OWN = "edgeguard-streamed"
+"""Products by edgeguard's own kernel, where it has one."""
 CEILINGS = (Ceiling("onnxruntime", "int8"), Ceiling("torch", "int8"), Ceiling("openvino", "int8"),
-            Ceiling("onnxruntime-streamed", "streamed"), Ceiling("onnxruntime-float", "float"))
+            Ceiling("onnxruntime-streamed", "streamed"), Ceiling(OWN, "streamed"), Ceiling("onnxruntime-float", "float"))
 KINDS = tuple(dict.fromkeys(ceiling.kind for ceiling in CEILINGS))
 
 
 def steps(shape: Shape, rows: int, threads: int, pythons: Mapping[str, str], logs: Path) -> list[Step]:
     """One step for each runtime; `rows` is M, the tokens of a usual message's pass; `pythons` name other environments'."""
-    made = []
+    made, own = [], own_kernel(kernel(cpu(), "int8"))
     for ceiling in CEILINGS:
         if ceiling.kind == "streamed" and shape.parameters < READ_BYTES:  # these weights stay in a cache
             continue
+        if ceiling.runtime == OWN and own is None:
+            continue
+        library = {"library": str(own.library)} if own and ceiling.runtime == OWN else {}
         program = Program(ceiling.runtime, (pythons.get(ceiling.runtime, sys.executable), str(WORKERS / "gemm.py")), "", threads,
-                          {"runtime": ceiling.runtime, "precision": ceiling.kind})
+                          {"runtime": ceiling.runtime, "precision": ceiling.kind, **library})
         sizes = {name: (rows, *size) for name, size in linears(shape).items()}
         cells = {
             name: Cell(f"ceiling/{ceiling.kind}/{ceiling.runtime}/{name.replace('/', '-')}", "ceiling", ceiling.runtime, "GMAC/s",

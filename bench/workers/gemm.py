@@ -1,7 +1,8 @@
-"""The worker for machine ceilings: products of one runtime at given sizes, and read bandwidth; nothing of edgeguard in it.
+"""The worker for machine ceilings: products of one runtime at given sizes, and read bandwidth; nothing of edgeguard is imported.
 
-`load` takes the option `runtime`; `judge` takes `sizes`, a list of [M, K, N], and `budget`, seconds for each, and gives back
-`rates`: for every size the GMAC/s of each repetition, with the name of the operator that was fastest.
+`load` takes the option `runtime`, and for products by edgeguard's own kernel its `library`; `judge` takes `sizes`, a list of
+[M, K, N], and `budget`, seconds for each, and gives back `rates`: for every size the GMAC/s of each repetition, with the name
+of the operator that was fastest.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class GemmEngine:
     def load(self, model: str, threads: int, options: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG002
         """Import the runtime; no model is needed."""
         self._threads, name = threads, options["runtime"]
-        version, self._products = RUNTIMES[name](threads)
+        library = options.get("library")
+        version, self._products = _streamed(threads, library) if library else RUNTIMES[name](threads)
         return {"runtime": version, "device": "cpu", "precision": options.get("precision", ""), "threads": threads, "kernel": "",
                 "bytes": 0, "fallbacks": []}
 
@@ -81,7 +83,7 @@ Made = Iterator[tuple[str, Callable[[], Product], int]]
 Runtime = tuple[str, Callable[[int, int, int], Made]]
 
 
-def _products(threads: int, nodes: Sequence[Any], constants: Mapping[str, Any], value: Any, n: int) -> Product:  # noqa: ANN401
+def _products(threads: int, nodes: Sequence[Any], constants: Mapping[str, Any], value: Any, n: int, library: str = "") -> Product:  # noqa: ANN401
     """Nodes that multiply `x` (M, K) to (M, `n`) each, in one session of ONNX Runtime: a call runs them all on `value`."""
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
@@ -95,6 +97,8 @@ def _products(threads: int, nodes: Sequence[Any], constants: Mapping[str, Any], 
     model.ir_version = 10
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    if library:
+        options.register_custom_ops_library(library)
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return lambda: session.run(None, {"x": value})
 
@@ -135,7 +139,7 @@ def _onnxruntime(threads: int, kind: str) -> Runtime:
     return f"onnxruntime {onnxruntime.__version__}", products
 
 
-def _streamed(threads: int) -> Runtime:
+def _streamed(threads: int, library: str = "") -> Runtime:
     """Products with a matrix that no cache holds any more, as in a forward pass, which reads every weight once."""
     import numpy as np
     import onnxruntime
@@ -151,9 +155,10 @@ def _streamed(threads: int) -> Runtime:
             nodes = [helper.make_node("MatMulIntegerToFloat", ["x", f"w{place}", "xs", "ws", "xz"], [f"y{place}"], domain="com.microsoft")
                      for place in range(count)]
             value = np.random.default_rng(1).integers(0, 256, (m, k)).astype(np.uint8)
-            return _products(threads, nodes, constants, value, n)
+            return _products(threads, nodes, constants, value, n, library)
 
-        yield "MatMulIntegerToFloat, weights from memory", integers, count
+        kernel = "edgeguard's own" if library else "MatMulIntegerToFloat"
+        yield f"{kernel}, weights from memory", integers, count
 
     return f"onnxruntime {onnxruntime.__version__}", products
 
