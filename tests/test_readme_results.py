@@ -128,3 +128,12 @@ def test_agreement_is_that_of_the_run(name: str, precision: str) -> None:
     assert cell["extra"]["rows"] == 4156
     found = re.search(rf"\[\*\*([\d.]+)%\*\*\]\(docs/results/{name}\.json\)", README)
     assert found and agrees(found[1] + "%", cell["p50"], "%"), cell["p50"]
+
+
+def test_the_run_with_our_own_kernel_is_told_as_it_was() -> None:
+    found = re.search(r"speed-8b-amx-own\.json\).*?: ([\d.]+)x, ([\d.]+)x, and unsafe over safe ([\d.]+)\.", README)
+    assert found
+    got = {each["what"]: each["got"] for each in run("speed-8b-amx-own")["targets"]}
+    names = ("llama-cpp-python's first call over edgeguard", "its steady stream over edgeguard", "unsafe with one code over safe")
+    for told, name in zip(found.groups(), names, strict=True):
+        assert float(told) == pytest.approx(got[TARGETS[name]], abs=0.05)
