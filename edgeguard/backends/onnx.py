@@ -150,11 +150,11 @@ class OnnxBackend:
             if available_memory() < self._artifact.size * PACKED:
                 return
             check_files(self._artifact)  # again: it may be long since they were loaded
-            session, fallbacks = (self._own() if own else None), ()
-            if session is None:
-                session, fallbacks = self._load(loading=self._loading), ((OWN_FAILED,) if own else ())
+            by_own = self._own() if own else None
+            session = by_own or self._load(loading=self._loading)
+            refused = [OWN_FAILED] if own and by_own is None else []
             self._state = self._using(session)
-            self.info = replace(self.info, kernel=session.kernel.name, fallbacks=(*session.fallbacks, *fallbacks))
+            self.info = replace(self.info, kernel=session.kernel.name, fallbacks=(*session.fallbacks, *refused))
 
     def _own(self) -> Session | None:
         """A session with a kernel of our own that has answered; None when it does not take this graph."""
