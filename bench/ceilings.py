@@ -28,26 +28,23 @@ class Ceiling:
     """As `workers/gemm.py` names it."""
     kind: str
     """`int8` or `float`, of a matrix that is in the cache; `streamed`: int8, of one that comes from memory, as all do in a pass."""
+    library: str = ""
+    """Of edgeguard's own kernel."""
 
 
-OWN = "edgeguard-streamed"
-"""Products by edgeguard's own kernel, where it has one."""
 CEILINGS = (Ceiling("onnxruntime", "int8"), Ceiling("torch", "int8"), Ceiling("openvino", "int8"),
-            Ceiling("onnxruntime-streamed", "streamed"), Ceiling(OWN, "streamed"), Ceiling("onnxruntime-float", "float"))
+            Ceiling("onnxruntime-streamed", "streamed"), Ceiling("onnxruntime-float", "float"))
 KINDS = tuple(dict.fromkeys(ceiling.kind for ceiling in CEILINGS))
 
 
 def steps(shape: Shape, rows: int, threads: int, pythons: Mapping[str, str], logs: Path) -> list[Step]:
     """One step for each runtime; `rows` is M, the tokens of a usual message's pass; `pythons` name other environments'."""
-    made, own = [], own_kernel(kernel(cpu(), "int8"))
-    for ceiling in CEILINGS:
+    made = []
+    for ceiling in (*CEILINGS, *_own()):
         if ceiling.kind == "streamed" and shape.parameters < READ_BYTES:  # these weights stay in a cache
             continue
-        if ceiling.runtime == OWN and own is None:
-            continue
-        library = {"library": str(own.library)} if own and ceiling.runtime == OWN else {}
         program = Program(ceiling.runtime, (pythons.get(ceiling.runtime, sys.executable), str(WORKERS / "gemm.py")), "", threads,
-                          {"runtime": ceiling.runtime, "precision": ceiling.kind, **library})
+                          {"runtime": ceiling.runtime, "precision": ceiling.kind, "library": ceiling.library})
         sizes = {name: (rows, *size) for name, size in linears(shape).items()}
         cells = {
             name: Cell(f"ceiling/{ceiling.kind}/{ceiling.runtime}/{name.replace('/', '-')}", "ceiling", ceiling.runtime, "GMAC/s",
@@ -60,8 +57,14 @@ def steps(shape: Shape, rows: int, threads: int, pythons: Mapping[str, str], log
     return [*made, _reading(threads, logs)]
 
 
+def _own() -> list[Ceiling]:
+    """edgeguard's own kernel, where it has one; it is made for weights that come from memory."""
+    own = own_kernel(kernel(cpu(), "int8"))
+    return [Ceiling("edgeguard-streamed", "streamed", str(own.library))] if own else []
+
+
 def _reading(threads: int, logs: Path) -> Step:
-    program = Program("read", (sys.executable, str(WORKERS / "gemm.py")), "", threads, {"runtime": "read"})
+    program = Program("read", (sys.executable, str(WORKERS / "gemm.py")), "", threads, {"runtime": "read", "library": ""})
     cells = {"read": Cell("ceiling/read", "ceiling", "memory, read", "GB/s", {"what": "read"})}
     return Step("ceiling/read", tuple(cells.values()), 6.0,
                 partial(_products, program, cells, {"read": (1, READ_BYTES, 0)}, logs / "ceiling/read.log"))

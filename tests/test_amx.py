@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +100,8 @@ def test_sessions_and_threads_do_not_disturb_each_other() -> None:
         own_session = shared if place % 2 else session(product(weights, scales), MINE, threads=1)
         wrong.extend(place for _ in range(20) if not np.array_equal(own_session.run(None, {"a": a})[0], wanted))
 
-    threads = [threading.Thread(target=work, args=(place,)) for place in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))  # raises what a thread raised
     assert not wrong
 
 

@@ -7,6 +7,7 @@ import multiprocessing
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -195,11 +196,8 @@ def test_many_threads_get_their_own_verdicts(guard: Guard) -> None:
             if guard.check(text).safe == ("bomb" in text):
                 wrong.append(text)
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(work, range(6)))  # raises what a thread raised
     assert not wrong
 
 

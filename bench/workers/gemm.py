@@ -1,6 +1,6 @@
 """The worker for machine ceilings: products of one runtime at given sizes, and read bandwidth; nothing of edgeguard is imported.
 
-`load` takes the option `runtime`, and for products by edgeguard's own kernel its `library`; `judge` takes `sizes`, a list of
+`load` takes the options `runtime` and `library`, the one of edgeguard's own kernel or nothing; `judge` takes `sizes`, a list of
 [M, K, N], and `budget`, seconds for each, and gives back `rates`: for every size the GMAC/s of each repetition, with the name
 of the operator that was fastest.
 """
@@ -31,8 +31,7 @@ class GemmEngine:
     def load(self, model: str, threads: int, options: Mapping[str, Any]) -> Mapping[str, Any]:  # noqa: ARG002
         """Import the runtime; no model is needed."""
         self._threads, name = threads, options["runtime"]
-        library = options.get("library")
-        version, self._products = _streamed(threads, library) if library else RUNTIMES[name](threads)
+        version, self._products = RUNTIMES[name](threads, options["library"])
         return {"runtime": version, "device": "cpu", "precision": options.get("precision", ""), "threads": threads, "kernel": "",
                 "bytes": 0, "fallbacks": []}
 
@@ -139,7 +138,7 @@ def _onnxruntime(threads: int, kind: str) -> Runtime:
     return f"onnxruntime {onnxruntime.__version__}", products
 
 
-def _streamed(threads: int, library: str = "") -> Runtime:
+def _streamed(threads: int, library: str) -> Runtime:
     """Products with a matrix that no cache holds any more, as in a forward pass, which reads every weight once."""
     import numpy as np
     import onnxruntime
@@ -224,13 +223,14 @@ def _read(threads: int) -> Runtime:
     return f"numpy {np.__version__}", products
 
 
-RUNTIMES: Mapping[str, Callable[[int], Runtime]] = {
-    "onnxruntime": lambda threads: _onnxruntime(threads, "int8"),
-    "onnxruntime-float": lambda threads: _onnxruntime(threads, "float"),
+RUNTIMES: Mapping[str, Callable[[int, str], Runtime]] = {
+    "onnxruntime": lambda threads, _: _onnxruntime(threads, "int8"),
+    "onnxruntime-float": lambda threads, _: _onnxruntime(threads, "float"),
     "onnxruntime-streamed": _streamed,
-    "torch": _torch,
-    "openvino": _openvino,
-    "read": _read,
+    "edgeguard-streamed": _streamed,
+    "torch": lambda threads, _: _torch(threads),
+    "openvino": lambda threads, _: _openvino(threads),
+    "read": lambda threads, _: _read(threads),
 }
 
 
