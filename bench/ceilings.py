@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeguard.architecture import Shape
-from edgeguard.backends.kernels import kernel, own_kernel
+from edgeguard.backends.kernels import own_kernel
 from edgeguard.bench.cells import Cell, Step
 from edgeguard.bench.driver import WORKERS, Program, Worker
 from edgeguard.bench.work import fastest_seconds, linears, macs
@@ -27,13 +27,13 @@ class Ceiling:
     runtime: str
     """As `workers/gemm.py` names it."""
     kind: str
-    """`int8` or `float`, of a matrix that is in the cache; `streamed`: int8, of one that comes from memory, as all do in a pass."""
+    """`int8`, `int4` or `float`, of a matrix that is in the cache; `streamed`: int8, of one that comes from memory, as all do in a pass."""
     library: str = ""
     """Of edgeguard's own kernel."""
 
 
 CEILINGS = (Ceiling("onnxruntime", "int8"), Ceiling("torch", "int8"), Ceiling("openvino", "int8"),
-            Ceiling("onnxruntime-streamed", "streamed"), Ceiling("onnxruntime-float", "float"))
+            Ceiling("onnxruntime-int4", "int4"), Ceiling("onnxruntime-streamed", "streamed"), Ceiling("onnxruntime-float", "float"))
 KINDS = tuple(dict.fromkeys(ceiling.kind for ceiling in CEILINGS))
 
 
@@ -58,9 +58,10 @@ def steps(shape: Shape, rows: int, threads: int, pythons: Mapping[str, str], log
 
 
 def _own() -> list[Ceiling]:
-    """edgeguard's own kernel, where it has one; it is made for weights that come from memory."""
-    own = own_kernel(kernel(cpu(), "int8"))
-    return [Ceiling("edgeguard-streamed", "streamed", str(own.library))] if own else []
+    """edgeguard's own kernels, where it has some; the one of 8 bits is made for weights that come from memory."""
+    kinds = {"int8": "streamed", "int4": "int4"}
+    found = {kind: own for precision, kind in kinds.items() if (own := own_kernel(cpu(), precision))}
+    return [Ceiling(f"edgeguard-{kind}", kind, str(own.library)) for kind, own in found.items()]
 
 
 def _reading(threads: int, logs: Path) -> Step:

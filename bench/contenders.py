@@ -7,14 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from edgeguard.backends.kernels import own_kernel
+from edgeguard.backends.onnx import LARGE
 from edgeguard.bench.artifacts import BACKENDS, Measured
 from edgeguard.bench.driver import WORKERS, Program
+from edgeguard.machine import cpu
 
 L0 = "llama_cpp_python.py"
 BASE = {"onnx": ("int4", "int8", "fp32"), "gguf": ("q4_k_m", "q8_0", "q4_0")}
 """Formats that the ladder starts from, before the best one is chosen."""
 CONTEXT = 8192  # what a guard model's caller sets
 L0_FORMATS = ("q4_k_m", "q8_0")
+RUNTIMES = "-runtime"
+"""Behind an artifact's label: with the runtime's kernel, where edgeguard has one of its own."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +83,11 @@ def guard(model: Measured, label: str, level: str, setting: Setting, **options: 
     chosen = {"backend": backend, "device": setting.device, "level": level, **options}
     name = f"edgeguard {backend} {artifact.manifest.precision}"
     name += ", weights mapped as packed" if "packed" in options else ""
+    name += ", the runtime's own kernel" if "own" in options else ""
     name += ", nothing kept" if level == "L1" else ", prefix evaluated" if options.get("prefix") == "evaluate" else ""
     program = Program(name, (sys.executable, str(WORKERS / "guard.py")), str(artifact.folder), setting.threads, chosen)
-    return Contender(f"ladder/{level}/{label}", program, artifact.manifest.precision, artifact.size, keeps=level != "L1")
+    place = f"ladder/{level}/{label}{RUNTIMES if 'own' in options else ''}"
+    return Contender(place, program, artifact.manifest.precision, artifact.size, keeps=level != "L1")
 
 
 def ladder(model: Measured, setting: Setting) -> list[Contender]:
@@ -89,7 +96,10 @@ def ladder(model: Measured, setting: Setting) -> list[Contender]:
     for kind, precisions in BASE.items():
         start = next((label for precision in precisions if (label := f"{kind}-{precision}") in model.found), None)
         made += [guard(model, start, "L1", setting)] if start else []
-    return made + [guard(model, label, "L2", setting) for label in model.found if label != "onnx-fp32"]
+    made += [guard(model, label, "L2", setting) for label in model.found if label != "onnx-fp32"]
+    if (found := model.found.get("onnx-int4")) and found.size >= LARGE and own_kernel(cpu(), "int4"):
+        made.append(guard(model, "onnx-int4", "L2", setting, own="no"))
+    return made
 
 
 def _usual_way(model: Measured, label: str, setting: Setting) -> Contender:

@@ -91,11 +91,13 @@ def over(one: Formula, other: Formula) -> Formula:
     return formula
 
 
-def products(kind: str) -> Formula:
-    """Seconds of the matrix products of edgeguard's best path alone, at the measured ceiling."""
+def products(kind: str = "") -> Formula:
+    """Seconds of the matrix products of edgeguard's best path alone, at the measured ceiling of a kind, or of the path's precision."""
     def formula(cells: Cells) -> Found:
         best = median(*BEST)(cells)
-        share = cells[best.cells[0]].extra.get(f"share_of_{kind}_ceiling") if best.cells else None
+        cell = cells[best.cells[0]] if best.cells else None
+        given = kind or ("int4" if cell and cell.facts.get("precision") == "int4" else "int8")
+        share = cell.extra.get(f"share_of_{given}_ceiling") if cell else None
         if best.value is None or not share:
             return Found(None, note=best.note or "no such ceiling was measured")
         return Found(best.value * share, best.cells)
@@ -137,21 +139,24 @@ def agreement(precision: str) -> Formula:
     return formula
 
 
+NBITS = either(median("ladder/L2/onnx-int4-runtime/23/safe"), median("ladder/L2/onnx-int4/23/safe"), "")
+"""ONNX Runtime's own kernel of 4 bits, also where edgeguard's is used instead."""
+
 TARGETS = (
     Target("8B, safe verdict: llama-cpp-python q4_k_m, first call, over edgeguard's best CPU path", EIGHT, 10, False,
            over(median("ladder/L0/gguf-q4_k_m/23/first"), median(*BEST)), "x"),
     Target("8B, safe verdict: llama-cpp-python q4_k_m, steady stream, over the same", EIGHT, 3.5, False,
            over(median("ladder/L0/gguf-q4_k_m/23/safe"), median(*BEST)), "x"),
     Target("8B, safe verdict: that first call over the matrix products of edgeguard's pass alone, at the measured ceiling", EIGHT, None,
-           False, over(median("ladder/L0/gguf-q4_k_m/23/first"), products("int8")), "x"),
+           False, over(median("ladder/L0/gguf-q4_k_m/23/first"), products()), "x"),
     Target("8B, safe verdict: that steady stream over the same products", EIGHT, None, False,
-           over(median("ladder/L0/gguf-q4_k_m/23/safe"), products("int8")), "x"),
+           over(median("ladder/L0/gguf-q4_k_m/23/safe"), products()), "x"),
     Target("8B, safe verdict: llama.cpp low-level q4_k_m, prefix kept, one forward, over edgeguard's best CPU path", EIGHT, None, False,
            over(median("ladder/L2/gguf-q4_k_m/23/safe"), median(*BEST)), "x"),
     Target("8B, safe verdict: onnxruntime-genai int4 with cached prefix, over the same", EIGHT, 2.5, False,
-           over(either(median("peers/onnxruntime-genai*/23/safe"), median("ladder/L2/onnx-int4/23/safe"), NO_BUILDER), median(*BEST)), "x"),
+           over(either(median("peers/onnxruntime-genai*/23/safe"), NBITS, NO_BUILDER), median(*BEST)), "x"),
     Target("8B, 77-token pass: measured GEMM ceiling over edgeguard's achieved rate", EIGHT, 1.3, True,
-           over(median(*BEST), products("int8"))),
+           over(median(*BEST), products())),
     Target("8B, 77-token pass: the same with a ceiling whose weights come from memory too", EIGHT, None, True,
            over(median(*BEST), products("streamed"))),
     Target("8B: unsafe with one code over safe", EIGHT, 1.5, True,

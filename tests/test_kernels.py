@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeguard.backends import kernels, onnx_session
-from edgeguard.backends.kernels import EXACT_X86, Kernel, is_close, is_exact, kernel, tried
+from edgeguard.backends.kernels import EXACT_X86, Kernel, Multiply, is_close, is_exact, kernel, own_kernel, tried
 from edgeguard.errors import InferenceError
 from edgeguard.machine import Cpu, parse_cpuinfo, parse_sysctl
 
@@ -86,39 +86,69 @@ def test_what_the_record_does_not_tell_is_tried() -> None:
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "OWN", {"amx": "edgeguard.backends.kernels"})  # any module that there is
+    in_place(monkeypatch, "edgeguard.backends.kernels")  # any module that there is
+
+
+def in_place(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    monkeypatch.setattr(kernels, "OWN", {name: replace(own, module=module) for name, own in kernels.OWN.items()})
+
+
+def both(*, right: bool = True, grants: bool = True) -> Multiply:
+    """Multiplies bytes as the processor of the record would, and 4 bits as this one does, without a library."""
+    four_bits, bytes_ = partial(onnx_session._multiplied, {}), Machine(saturates=not right, grants=grants)
+
+    def multiply(model: bytes, kernel: Kernel, a: NDArray[Any]) -> NDArray[np.float32]:
+        return bytes_(model, kernel, a) if a.dtype == np.uint8 else four_bits(model, replace(kernel, library=None), a)
+
+    return multiply
 
 
 @pytest.mark.usefixtures("built")
-def test_large_weights_on_amx_get_our_own_kernel() -> None:
-    amx = RECORDED["amx"]
-    mine = tried(amx, "int8", Machine(saturates=False), own=True)
-    assert mine.name == "edgeguard amx" and mine.library == Path(kernels.__file__) and not mine.fallbacks
-    assert tried(amx, "int8", Machine(saturates=False)).name == "amx", "small weights stay in the caches"
-    assert tried(amx, "int4", partial(onnx_session._multiplied, {}), own=True).library is None
-    assert tried(RECORDED["avx512-vnni"], "int8", Machine(saturates=False), own=True).name == "avx512-vnni"
+@pytest.mark.parametrize(("processor", "name", "precisions"), [
+    ("amx", "edgeguard amx", {"int8"}), ("unsigned", "edgeguard avx2", {"int8", "int4"}),
+    ("avx512-vnni", None, set()), ("neon", None, set()),
+])
+def test_large_weights_get_our_own_kernel_where_it_is_better(processor: str, name: str | None, precisions: set[str]) -> None:
+    cpu = RECORDED[processor]
+    for precision in kernels.QUANTISED:
+        chosen = tried(cpu, precision, both(), own=True)
+        mine = precision in precisions
+        assert (chosen.name, chosen.library) == ((name, Path(kernels.__file__)) if mine else (chosen.name, None))
+        assert not chosen.fallbacks and not chosen.entries
+        assert tried(cpu, precision, both()).library is None, "small weights stay in the caches"
+        assert (own_kernel(cpu, precision) is not None) == mine
+
+
+@pytest.mark.usefixtures("built")
+def test_our_own_kernel_needs_its_instructions() -> None:
+    assert own_kernel(parse_cpuinfo("vendor_id : GenuineIntel\nflags : avx\n", "x86_64"), "int4") is None
+    assert own_kernel(NOTHING, "int8") is None
 
 
 @pytest.mark.usefixtures("built")
 def test_our_own_kernel_that_fails_is_told_of() -> None:
-    fallen = tried(RECORDED["amx"], "int8", Machine(saturates=False, grants=False), own=True)
+    fallen = tried(RECORDED["amx"], "int8", both(grants=False), own=True)
     assert fallen.name == "amx" and fallen.library is None and "edgeguard amx" in fallen.fallbacks[0]
-    both = tried(RECORDED["amx"], "int8", Machine(saturates=True), own=True)
-    assert both.entries == EXACT_X86 and len(both.fallbacks) == 2
+    twice = tried(RECORDED["amx"], "int8", both(right=False), own=True)
+    assert twice.entries == EXACT_X86 and len(twice.fallbacks) == 2
+    avx2 = tried(RECORDED["unsigned"], "int4", both(right=False), own=True)
+    assert avx2.library is None and "edgeguard avx2" in avx2.fallbacks[0]
 
 
 def test_without_a_compiler_there_is_no_kernel_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "OWN", {"amx": "edgeguard.backends._not_built"})
-    kept = tried(RECORDED["amx"], "int8", Machine(saturates=False), own=True)
-    assert kept.name == "amx" and kept.fallbacks == (kernels.NOT_BUILT,)
-    assert kernels.told(RECORDED["amx"])["large int8"].reason == kernels.NOT_BUILT
+    in_place(monkeypatch, "edgeguard.backends._not_built")
+    for processor, name in (("amx", "amx"), ("unsigned", "signed")):
+        kept = tried(RECORDED[processor], "int8", both(), own=True)
+        assert kept.name == name and kernels.told(RECORDED[processor])["large int8"].reason == kernels.NOT_BUILT
+        assert kept.fallbacks == (kernels.NOT_BUILT,)
 
 
 @pytest.mark.usefixtures("built")
 def test_kernels_are_told_by_what_they_are_for() -> None:
     found = {use: each.name for use, each in kernels.told(RECORDED["amx"]).items()}
     assert found == {"int8": "amx", "int4": "amx", "large int8": "edgeguard amx"}
-    assert kernels.told(OLD).keys() == {"int8", "int4"}
+    assert {"large int8", "large int4"} <= kernels.told(RECORDED["unsigned"]).keys()
+    assert kernels.told(RECORDED["avx512-vnni"]).keys() == {"int8", "int4"}
 
 
 @pytest.mark.parametrize("cpu", [OLD, RECORDED["avx512-vnni"], RECORDED["neon"]])
@@ -146,4 +176,6 @@ def test_the_largest_numbers_are_among_those_tried() -> None:
     library = replace(AS_IT_IS, library=Path("any"))
     assert is_exact(lambda model, kernel, a: seen.append(a) or good(model, kernel, a), library)
     assert seen[0].max() == 255 and kernels.BLOCK == 32
-    assert {a.shape for a in seen} == {(1, 576), (48, 576), (1, 4200), (32, 4200), (64, 4200), (90, 4200)}, "all ways through a library"
+    deep = {len(a) for a in seen if a.shape[1] == 4201}
+    assert {a.shape for a in seen} >= {(1, 576), (48, 576)} and {-(-tokens // 16) for tokens in deep} >= {1, 2, 4, 6}, "tiles of AMX"
+    assert {tokens % 6 for tokens in deep} == {0, 1, 2, 3, 4, 5} and max(deep) > 256, "rows of AVX2, and more than a pass"

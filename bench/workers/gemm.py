@@ -162,6 +162,25 @@ def _streamed(threads: int, library: str) -> Runtime:
     return f"onnxruntime {onnxruntime.__version__}", products
 
 
+def _four_bits(threads: int, library: str) -> Runtime:
+    """Products by weights of 4 bits in blocks of 32, activations in 8 bits."""
+    import numpy as np
+    import onnxruntime
+    from onnx import helper
+
+    def products(m: int, k: int, n: int) -> Made:
+        def integers() -> Product:
+            random = np.random.default_rng(0)
+            constants = {"w": random.integers(0, 256, (n, k // 32, 16)).astype(np.uint8), "ws": np.full((n, k // 32), 0.01, np.float32)}
+            node = helper.make_node("MatMulNBits", ["x", "w", "ws"], ["y"], domain="com.microsoft", K=k, N=n, bits=4, block_size=32,
+                                    accuracy_level=4)
+            return _products(threads, [node], constants, random.standard_normal((m, k)).astype(np.float32), n, library)
+
+        yield "edgeguard's own" if library else "MatMulNBits", integers, 1
+
+    return f"onnxruntime {onnxruntime.__version__}", products
+
+
 def _torch(threads: int) -> Runtime:
     import torch
 
@@ -228,6 +247,8 @@ RUNTIMES: Mapping[str, Callable[[int, str], Runtime]] = {
     "onnxruntime-float": lambda threads, _: _onnxruntime(threads, "float"),
     "onnxruntime-streamed": _streamed,
     "edgeguard-streamed": _streamed,
+    "onnxruntime-int4": _four_bits,
+    "edgeguard-int4": _four_bits,
     "torch": lambda threads, _: _torch(threads),
     "openvino": lambda threads, _: _openvino(threads),
     "read": lambda threads, _: _read(threads),

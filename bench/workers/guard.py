@@ -22,8 +22,9 @@ from edgeguard.prompt import render
 
 
 class GuardEngine:
-    """Options: `backend`, `device`, `level` ("L1" keeps no prefix), `prefix` ("evaluate" does not restore a stored one), `packed`.
+    """Options: `backend`, `device`, `level` ("L1" keeps no prefix), `prefix` ("evaluate" does not restore a stored one), `packed`, `own`.
 
+    `own` is "no" where only the runtime's kernels shall be used.
     `packed` is a folder for ONNX weights in the form that is mapped at load; where it holds none, the form is made first.
     """
 
@@ -33,8 +34,8 @@ class GuardEngine:
         device = options.get("device", "cpu")
         self._whole = options.get("level") == "L1"
         evaluate, packed = self._whole or options.get("prefix") == "evaluate", options.get("packed")
-        if evaluate or packed:
-            given = _opened(model, str(given), device, threads, evaluate, Path(packed) if packed else None)
+        if evaluate or packed or "own" in options:
+            given = _opened(model, str(given), device, threads, evaluate, Path(packed) if packed else None, own="own" not in options)
         self._parts = load_parts(model, backend=given, device=device, threads=threads)
         parts = self._parts
         self._guard = Guard(parts.backend, parts.tokenizer, parts.profile, parts.identity)
@@ -100,8 +101,8 @@ def facts(parts: Parts, model: str) -> dict[str, Any]:
     }
 
 
-def _opened(model: str, backend: str, device: str, threads: int, evaluate: bool, packed: Path | None) -> Backend:
-    """An artifact opened in a way of its own: its prefixes evaluated and no cache asked, or its packed weights mapped."""
+def _opened(model: str, backend: str, device: str, threads: int, evaluate: bool, packed: Path | None, *, own: bool) -> Backend:
+    """An artifact opened in a way of its own: prefixes evaluated and no cache asked, packed weights mapped, the runtime's kernels."""
     found = store.resolve(model, ("onnx",) if backend == "onnx" else ("gguf",))
     if not isinstance(found, store.Artifact):
         raise ValueError(f"{Path(model).name} has no manifest, so it stores no prefix that could be left out")
@@ -111,7 +112,7 @@ def _opened(model: str, backend: str, device: str, threads: int, evaluate: bool,
         if packed and prepacked.find(found, packed, onnx_session.build()) is None:
             onnx.make_prepacked(found, packed)
         artifact = replace(found, manifest=replace(found.manifest, prefixes=())) if evaluate else found
-        return onnx.OnnxBackend(artifact, device=device, threads=threads, prepacked=packed)
+        return onnx.OnnxBackend(artifact, device=device, threads=threads, prepacked=packed, own=own)
     from edgeguard.backends.llama import LlamaBackend
 
     return LlamaBackend(found.weights, device=device, threads=threads)

@@ -13,66 +13,18 @@ asked for; elsewhere this file is empty.
 #define _GNU_SOURCE
 #include <immintrin.h>
 #include <stdatomic.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-/* ---- the interface of ONNX Runtime (onnxruntime_c_api.h), as much of it as is used; functions keep their places in it for ever ---- */
-
-enum { API_VERSION = 17 };
-enum { FLOAT = 1, UINT8 = 2, INT8 = 3 }; /* ONNXTensorElementDataType */
-enum { FAIL = 1 };                       /* OrtErrorCode */
-enum { /* places in OrtApi */
-    CREATE_STATUS = 0,
-    CREATE_DOMAIN = 26,       /* CreateCustomOpDomain */
-    ADD_OPERATOR = 27,        /* CustomOpDomain_Add */
-    ADD_DOMAIN = 28,          /* AddCustomOpDomain */
-    DATA = 51,                /* GetTensorMutableData */
-    RANK = 61,                /* GetDimensionsCount */
-    SIZES = 62,               /* GetDimensions */
-    COUNT = 64,               /* GetTensorShapeElementCount */
-    TYPE_AND_SHAPE = 65,      /* GetTensorTypeAndShape */
-    INPUT = 90,               /* KernelContext_GetInput */
-    OUTPUT = 91,              /* KernelContext_GetOutput */
-    RELEASE_SHAPE = 99,       /* ReleaseTensorTypeAndShapeInfo */
-    CONSTANT_INPUT = 249,     /* KernelInfoGetConstantInput_tensor */
-    PARALLEL_FOR = 274        /* KernelContext_ParallelFor */
-};
-typedef void (*Function)(void);
-typedef void Status; /* NULL: all is well */
-typedef struct { const Function *(*api)(uint32_t version); const char *(*version)(void); } Base;
-static const Function *api; /* the same for all sessions of a runtime */
-#define CALL(place, result, types, ...) (((result(*) types)api[place])(__VA_ARGS__))
-#define TRY(call) do { Status *status_ = (call); if (status_) return status_; } while (0)
-
-static Status *failed(const char *message) { return CALL(CREATE_STATUS, Status *, (int, const char *), FAIL, message); }
-
-static Status *data_of(const void *value, void *out) { return CALL(DATA, Status *, (const void *, void *), value, out); }
-
-enum { MOST_SIZES = 4 };
-typedef struct { int64_t sizes[MOST_SIZES]; size_t rank, count; } Shape;
-
-static Status *shape_of(const void *value, Shape *out) {
-    void *found;
-    TRY(CALL(TYPE_AND_SHAPE, Status *, (const void *, void **), value, &found));
-    Status *status = CALL(COUNT, Status *, (const void *, size_t *), found, &out->count);
-    if (!status) status = CALL(RANK, Status *, (const void *, size_t *), found, &out->rank);
-    if (!status && out->rank > MOST_SIZES) status = failed("edgeguard: a tensor with more than four sizes");
-    if (!status) status = CALL(SIZES, Status *, (const void *, int64_t *, size_t), found, out->sizes, out->rank);
-    CALL(RELEASE_SHAPE, void, (void *), found);
-    return status;
-}
+#include "custom_op.h"
 
 /* ---- weights: tiles of 64 rows and 16 columns, 1 KiB; a strip is all tiles of 16 columns, one behind the other ---- */
 
 enum { LANES = 16, DEPTH = 64, LINE = 64, TILE = LANES * LINE, SUMS = LANES * LANES, HUGE_PAGE = 2 << 20 };
 enum { DEEPEST = 1 << 16 }; /* so that no sum of 32 bits overflows */
 typedef struct { int64_t depth, columns, tiles /* of a strip */, strips; size_t bytes; int8_t *values; } Weights;
-
-static int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
-static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Four rows of 16 columns, four bytes of a column side by side, as the processor wants a right factor. */
 static void interleave(int8_t *out, const int8_t *rows, int64_t stride) {
@@ -101,28 +53,18 @@ static void pack(Weights *w, const int8_t *from) {
         }
 }
 
-/* An input that is known at load. */
-static Status *constant(const void *info, size_t input, Shape *shape, void *data) {
-    int found = 0;
-    const void *value = NULL;
-    TRY(CALL(CONSTANT_INPUT, Status *, (const void *, size_t, int *, const void **), info, input, &found, &value));
-    if (!found) return failed("edgeguard: weights or a zero point that are not constant");
-    TRY(shape_of(value, shape));
-    return data_of(value, data);
-}
+enum { ACTIVATIONS, WEIGHTS, STEP, SCALES, ZERO_POINT, INPUTS };
 
 static Status *create(const void *operator, const Function *unused, const void *info, void **out) {
     (void)operator, (void)unused;
-    Shape shape, point_shape;
-    const int8_t *from;
-    const uint8_t *point;
-    TRY(constant(info, 1, &shape, &from));
-    TRY(constant(info, 4, &point_shape, &point));
-    if (shape.rank != 2 || !shape.count || shape.sizes[0] > DEEPEST) return failed("edgeguard: weights of another shape");
-    if (point_shape.count != 1 || *point != 128) return failed("edgeguard: a zero point other than 128");
+    Tensor given, point;
+    TRY(constant(info, WEIGHTS, &given));
+    TRY(constant(info, ZERO_POINT, &point));
+    if (given.rank != 2 || !given.count || given.sizes[0] > DEEPEST) return failed("edgeguard: weights of another shape");
+    if (point.count != 1 || *(const uint8_t *)point.data != 128) return failed("edgeguard: a zero point other than 128");
     Weights *w = malloc(sizeof *w);
     if (!w) return failed("edgeguard: out of memory");
-    *w = (Weights){ shape.sizes[0], shape.sizes[1], parts(shape.sizes[0], DEPTH), parts(shape.sizes[1], LANES), 0, NULL };
+    *w = (Weights){ given.sizes[0], given.sizes[1], parts(given.sizes[0], DEPTH), parts(given.sizes[1], LANES), 0, NULL };
     w->bytes = (size_t)(w->tiles * w->strips) * TILE;
     w->values = mmap(NULL, w->bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (w->values == MAP_FAILED) {
@@ -130,7 +72,7 @@ static Status *create(const void *operator, const Function *unused, const void *
         return failed("edgeguard: out of memory");
     }
     if (w->bytes >= HUGE_PAGE) madvise(w->values, w->bytes, MADV_HUGEPAGE); /* refused, it is slower only */
-    pack(w, from);
+    pack(w, given.data);
     *out = w;
     return NULL;
 }
@@ -276,33 +218,21 @@ AMX static void work(void *product, size_t index) {
     free(activations);
 }
 
-enum { ACTIVATIONS, WEIGHTS, STEP, SCALES, ZERO_POINT, INPUTS };
-
 static Status *compute(void *weights, void *context) {
     const Weights *w = weights;
-    const void *input[INPUTS];
-    void *output, *data[INPUTS], *out;
-    Shape shape[INPUTS], *given = &shape[ACTIVATIONS];
-    for (size_t i = 0; i < INPUTS; i++) {
-        TRY(CALL(INPUT, Status *, (const void *, size_t, const void **), context, i, &input[i]));
-        TRY(shape_of(input[i], &shape[i]));
-        TRY(data_of(input[i], &data[i]));
-    }
-    if (!given->rank || given->sizes[given->rank - 1] != w->depth)
-        return failed("edgeguard: activations of another width than the weights");
-    if (shape[STEP].count != 1 || shape[SCALES].count != (size_t)w->columns) return failed("edgeguard: scales of another shape");
-    const int64_t tokens = (int64_t)given->count / w->depth;
-    given->sizes[given->rank - 1] = w->columns;
-    TRY(CALL(OUTPUT, Status *, (void *, size_t, const int64_t *, size_t, void **), context, 0, given->sizes, given->rank, &output));
-    TRY(data_of(output, &out));
+    Tensor input[INPUTS];
+    float *out;
+    TRY(inputs_of(context, INPUTS, w->depth, input));
+    if (input[STEP].count != 1 || input[SCALES].count != (size_t)w->columns) return failed("edgeguard: scales of another shape");
+    TRY(output_of(context, &input[ACTIVATIONS], w->columns, &out));
+    const int64_t tokens = (int64_t)input[ACTIVATIONS].count / w->depth;
     for (int64_t token = 0; token < tokens; token += PASS) {
-        Product p = { .w = w, .activations = (const uint8_t *)data[ACTIVATIONS] + token * w->depth,
-                      .out = (float *)out + token * w->columns, .scales = data[SCALES], .step = *(const float *)data[STEP],
+        Product p = { .w = w, .activations = (const uint8_t *)input[ACTIVATIONS].data + token * w->depth,
+                      .out = out + token * w->columns, .scales = input[SCALES].data, .step = *(const float *)input[STEP].data,
                       .tokens = least(tokens - token, PASS) };
         p.token_tiles = parts(p.tokens, LANES);
         p.strips_a_share = parts(w->strips, w->tiles > STRETCH ? DEEP_SHARES : SHARES);
-        TRY(CALL(PARALLEL_FOR, Status *, (const void *, void (*)(void *, size_t), size_t, size_t, void *),
-                 context, work, WORKERS, 0, &p));
+        TRY(in_parallel(context, work, WORKERS, &p));
         if (p.failed) return failed("edgeguard: out of memory");
     }
     return NULL;
@@ -311,47 +241,20 @@ static Status *compute(void *weights, void *context) {
 /* ---- the operator ---- */
 
 static const char *name(const void *operator) { return (void)operator, "MatMulIntegerToFloat"; }
-static const char *provider(const void *operator) { return (void)operator, NULL; /* the CPU */ }
 static int input_type(const void *operator, size_t i) {
     return (void)operator, (const int[INPUTS]){ UINT8, INT8, FLOAT, FLOAT, UINT8 }[i];
 }
-static int output_type(const void *operator, size_t i) { return (void)operator, (void)i, FLOAT; }
 static size_t inputs(const void *operator) { return (void)operator, INPUTS; }
-static size_t outputs(const void *operator) { return (void)operator, 1; }
-static int zero(const void *operator, size_t i) { return (void)operator, (void)i, 0; }
-static int one(const void *operator) { return (void)operator, 1; }
-static int most(const void *operator) { return (void)operator, INT32_MAX; }
-
-static const struct { /* OrtCustomOp */
-    uint32_t version;
-    void *create_1;
-    const char *(*name)(const void *), *(*provider)(const void *);
-    int (*input_type)(const void *, size_t);
-    size_t (*inputs)(const void *);
-    int (*output_type)(const void *, size_t);
-    size_t (*outputs)(const void *);
-    void *compute_1;
-    void (*destroy)(void *);
-    int (*input_kind)(const void *, size_t), (*output_kind)(const void *, size_t), (*input_memory)(const void *, size_t);
-    int (*variadic[4])(const void *);
-    Status *(*create)(const void *, const Function *, const void *, void **), *(*compute)(void *, void *);
-    void *infer_shape;
-    int (*first_version)(const void *), (*last_version)(const void *);
-} product = { API_VERSION, NULL, name, provider, input_type, inputs, output_type, outputs, NULL, destroy,
-              zero, zero, zero /* required, and in ordinary memory */, { one, one, one, one } /* not asked for */, create, compute, NULL,
-              one, most };
+static const Operator product = OPERATOR(name, input_type, inputs, create, compute, destroy);
 
 /* Called by ONNX Runtime for a session that the library is registered with; an error unless the system grants AMX. */
 Status *RegisterCustomOps(void *options, const Base *base) {
     enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 }; /* arch_prctl(2), as in the kernel's documentation of AMX */
-    const Function *offered = base->api(API_VERSION);
-    void *domain; /* never freed: sessions use it, and nothing tells when the last one ends */
-    api = offered ? offered : base->api(1);
-    if (!offered) return failed("edgeguard: an ONNX Runtime that is too old");
-    if (syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA)) return failed("edgeguard: the system does not grant AMX");
-    TRY(CALL(CREATE_DOMAIN, Status *, (const char *, void **), "com.microsoft", &domain));
-    TRY(CALL(ADD_OPERATOR, Status *, (void *, const void *), domain, &product));
-    return CALL(ADD_DOMAIN, Status *, (void *, void *), options, domain);
+    if (syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA)) {
+        api = base->api(1);
+        return failed("edgeguard: the system does not grant AMX");
+    }
+    return add_operators(options, base, &product, 1);
 }
 
 #endif

@@ -2,7 +2,7 @@
 
 On x86 a product of unsigned by signed bytes is added up in pairs of 16 bits, which saturates, unless the processor has VNNI.
 There the runtime is told to take both as unsigned, which is exact and slower, and keeps a converted copy of the weights.
-For large weights on AMX there is a kernel of our own (`amx.c`), to the same bits.
+For large weights there are kernels of our own, on AMX (`amx.c`) and on AVX2 without VNNI (`avx2.c`).
 """
 
 from __future__ import annotations
@@ -45,6 +45,19 @@ class Kernel:
     """Of operators that take the place of the runtime's."""
 
 
+@dataclass(frozen=True)
+class Own:
+    """A kernel of our own that surpasses one of the runtime's with weights that come from memory."""
+
+    name: str
+    module: str
+    """That holds its library, where it was built."""
+    needs: frozenset[str]
+    """Features of the processor, beside those of the runtime's kernel."""
+    precisions: tuple[str, ...]
+    reason: str
+
+
 # for each architecture the features that decide, best first; the name of a kernel and why it is right
 CHOICES: Mapping[str, tuple[tuple[str, Kernel], ...]] = {
     "x86_64": (
@@ -61,8 +74,13 @@ REST: Mapping[str, Kernel] = {
     "x86_64": Kernel("unsigned", EXACT_X86, "the processor has no VNNI, so signed byte products would saturate"),
     "arm64": Kernel("neon", {}, "NEON multiplies bytes to 16 bits and adds them up in 32"),
 }
-OWN: Mapping[str, str] = {"amx": "edgeguard.backends._amx"}
-"""Kernels of the runtime that one of our own surpasses with weights that come from memory, and the module that holds it."""
+OWN: Mapping[str, Own] = {
+    "amx": Own("edgeguard amx", "edgeguard.backends._amx", frozenset(), ("int8",),
+               "it reads weights ahead while it multiplies"),
+    "unsigned": Own("edgeguard avx2", "edgeguard.backends._avx2", frozenset({"avx2", "fma"}), ("int8", "int4"),
+                    "it multiplies weights as they lie in the file"),
+}
+"""By the runtime's."""
 NOT_BUILT = "edgeguard's own kernel was not built, for want of a C compiler (GCC 11, Clang 12 or later) when edgeguard was installed"
 UNKNOWN = Kernel("generic", {}, "the processor is unknown")
 FLOAT = Kernel("float", {}, "no product is quantised")
@@ -86,15 +104,16 @@ def tried(cpu: Cpu, precision: str, multiply: Multiply, *, own: bool = False) ->
     first = kernel(cpu, precision)
     if precision not in QUANTISED:
         return first
+    if own and (wanted := _own(cpu, precision)):
+        better = own_kernel(cpu, precision)
+        if better and _is_right_if_it_runs(multiply, better, precision):
+            return better
+        first = replace(first, fallbacks=(f"the kernel {wanted.name} was tried here and failed" if better else NOT_BUILT,))
     if precision == "int4" and not is_close(multiply, first):
         raise InferenceError("The 4-bit kernels of this CPU give wrong sums; take an int8 or fp32 artifact or a GGUF.")
-    if own and precision == "int8" and first.name in OWN:
-        better = own_kernel(first)
-        if better and _is_exact_if_it_runs(multiply, better):
-            return better
-        first = replace(first, fallbacks=(f"the kernel {better.name} was tried here and failed" if better else NOT_BUILT,))
     # some systems do not tell of VNNI: what multiplies rightly as it is needs no other way
-    plain = Kernel("signed", {}, "signed byte products were tried here and do not saturate") if first.entries else first
+    signed = Kernel("signed", {}, "signed byte products were tried here and do not saturate", first.fallbacks)
+    plain = signed if first.entries else first
     saturates = f"the kernel {first.name} was tried here and saturates"
     careful = first if first.entries else Kernel("unsigned", EXACT_X86, saturates, (*first.fallbacks, saturates))
     for choice in (plain, careful):
@@ -103,21 +122,27 @@ def tried(cpu: Cpu, precision: str, multiply: Multiply, *, own: bool = False) ->
     raise InferenceError("The 8-bit kernels of this CPU saturate and give wrong sums; take an fp32 artifact or a GGUF.")
 
 
-def own_kernel(kernel: Kernel) -> Kernel | None:
-    """Our own in the place of one of the runtime's; None where there is none, or it was not built when edgeguard was installed."""
-    spec = find_spec(OWN[kernel.name]) if kernel.name in OWN else None
-    if spec is None or spec.origin is None:
+def own_kernel(cpu: Cpu, precision: str) -> Kernel | None:
+    """Our own in the place of the runtime's; None where there is none, or it was not built when edgeguard was installed."""
+    own = _own(cpu, precision)
+    spec = find_spec(own.module) if own else None
+    if own is None or spec is None or spec.origin is None:
         return None
-    reason = f"{kernel.reason}; edgeguard's own kernel reads weights ahead while it multiplies"
-    return Kernel(f"edgeguard {kernel.name}", {}, reason, (), Path(spec.origin))
+    reason = f"{kernel(cpu, precision).reason}; edgeguard's own kernel is faster with large weights: {own.reason}"
+    return Kernel(own.name, {}, reason, (), Path(spec.origin))
+
+
+def _own(cpu: Cpu, precision: str) -> Own | None:
+    own = OWN.get(kernel(cpu, precision).name)
+    return own if own and precision in own.precisions and own.needs <= cpu.flags else None
 
 
 def told(cpu: Cpu) -> dict[str, Kernel]:
     """The kernels of a processor, by what they are for."""
     found = {precision: kernel(cpu, precision) for precision in QUANTISED}
-    if found["int8"].name in OWN:
-        found["large int8"] = own_kernel(found["int8"]) or replace(found["int8"], reason=NOT_BUILT)
-    return found
+    large = {f"large {precision}": own_kernel(cpu, precision) or replace(found[precision], reason=NOT_BUILT)
+             for precision in QUANTISED if _own(cpu, precision)}
+    return {**found, **large}
 
 
 def is_exact(multiply: Multiply, kernel: Kernel) -> bool:
@@ -125,7 +150,7 @@ def is_exact(multiply: Multiply, kernel: Kernel) -> bool:
 
     Of a library also deeper ones with an edge: all ways through it.
     """
-    blocks = [(576, 64, (1, 48)), *([(4200, 40, (1, 32, 64, 90))] if kernel.library else [])]
+    blocks = [(576, 64, (1, 48)), *([(4201, 40, (1, 4, 5, 9, 32, 64, 90, 301))] if kernel.library else [])]
     return all(_is_exact(multiply, kernel, *block) for block in blocks)
 
 
@@ -135,15 +160,15 @@ def _is_exact(multiply: Multiply, kernel: Kernel, depth: int, columns: int, coun
     weights[1::2, 2::3] = -128
     activations = np.full((max(counts), depth), 255, np.uint8)
     activations[1::3], activations[2::3, ::2] = 0, 0
-    wanted = (activations.astype(np.int64) - 128) @ weights.astype(np.int64)
+    wanted = ((activations.astype(np.int64) - 128) @ weights.astype(np.int64)).astype(np.float32)
     model = int8_product(weights)
     return all(np.array_equal(multiply(model, kernel, activations[:tokens]), wanted[:tokens]) for tokens in counts)
 
 
-def _is_exact_if_it_runs(multiply: Multiply, kernel: Kernel) -> bool:
+def _is_right_if_it_runs(multiply: Multiply, kernel: Kernel, precision: str) -> bool:
     """A library may not fit the runtime, nor a system grant what it needs."""
     try:
-        return is_exact(multiply, kernel)
+        return is_exact(multiply, kernel) and (precision != "int4" or is_close(multiply, kernel))
     except (InferenceError, ModelMemoryError):
         return False
 
@@ -151,15 +176,20 @@ def _is_exact_if_it_runs(multiply: Multiply, kernel: Kernel) -> bool:
 def is_close(multiply: Multiply, kernel: Kernel) -> bool:
     """Whether 4-bit products of the largest numbers there are differ no more than by the rounding of activations to 8 bits.
 
-    A step of that rounding is a 127th of the largest activation.
+    A step of that rounding is a 127th of the largest activation. Of a library also deeper ones with an edge: all ways through it.
     """
-    weights = np.empty((96, 512), np.uint8)
-    weights[::3], weights[1::3], weights[2::3] = 15, 0, np.arange(512) % 16
-    activations = np.ones((48, 512), np.float32)
+    blocks = [(512, 96, (1, 48)), *([(1056, 40, (2, 3, 4, 5, 300))] if kernel.library else [])]
+    return all(_is_close(multiply, kernel, *block) for block in blocks)
+
+
+def _is_close(multiply: Multiply, kernel: Kernel, depth: int, columns: int, counts: tuple[int, ...]) -> bool:
+    weights = np.empty((columns, depth), np.uint8)
+    weights[::3], weights[1::3], weights[2::3] = 15, 0, np.arange(depth) % 16
+    activations = np.ones((max(counts), depth), np.float32)
     activations[1::3] = -1
-    activations[2::3] = np.linspace(-1, 1, 512, dtype=np.float32)
+    activations[2::3] = np.linspace(-1, 1, depth, dtype=np.float32)
     signed = weights.T.astype(np.float64) - 8
     wanted, allowed = activations.astype(np.float64) @ signed, 1.1 * ROUNDING / 127 * np.abs(signed).sum(0)
     model = int4_product(weights, BLOCK)
     return all(bool((np.abs(multiply(model, kernel, activations[:tokens]) - wanted[:tokens]) <= allowed).all())
-               for tokens in (1, len(activations)))
+               for tokens in counts)

@@ -31,7 +31,8 @@ from edgeguard.store.prefix_cache import PrefixCache, ids_key
 
 PROBE_TOKENS = 4
 LARGE = 1 << 30
-"""Bytes of an artifact from which on weights are packed after the first message: packing takes longer than passes that pack as they go."""
+"""Bytes of an artifact from which on kernels of our own are used, and weights are packed after the first message: packing takes longer
+than passes that pack as they go."""
 ONE_AT_A_TIME = threading.Lock()
 """Held from the look at free memory until an artifact is packed."""
 UNPACKED = {"session.disable_prepacking": "1"}
@@ -62,27 +63,33 @@ class OnnxBackend:
     machine's choice. With a `cache`, prefixes that are not the artifact's are restored from the disk, to the same bits.
     `prepacked` is the folder with packed forms of weights (`backends/prepacked.py`); one that fits is mapped instead of the
     artifact's own. Without one, a large int8 artifact is mapped as it is, so that it answers seconds after the start of the
-    process; its weights are packed in the background after the first message (`background.settled` waits). `checked` says that
-    the files were just compared with the manifest (`store.check_files`).
+    process; its weights are packed in the background after the first message (`background.settled` waits), unless a kernel of our
+    own multiplies them as they are (`own` False: none is used). `checked` says that the files were just compared with the manifest
+    (`store.check_files`).
     Raises what `Session` raises, and `ModelFileError` for a graph that is neither a guard graph nor an export with past keys
     and values.
     """
 
     def __init__(self, artifact: Artifact, *, device: str = "auto", threads: int | None = None,
-                 cache: PrefixCache | None = None, prepacked: Path | None = None, checked: bool = False) -> None:
+                 cache: PrefixCache | None = None, prepacked: Path | None = None, checked: bool = False, own: bool = True) -> None:
         manifest = artifact.manifest
         self._artifact, shape = artifact, manifest.shape
         head_ids = np.asarray(manifest.head_ids or range(shape.vocab), np.int64)
         packed = None
         if prepacked is not None and device in ("auto", "cpu"):
             packed = load(artifact, prepacked, build(), threads, lambda session: probe(session, shape, head_ids))
+        self._loading, self._may_own = Run(), own and artifact.size >= LARGE
         self._load = partial(Session, artifact.path(manifest.weights).resolve(), manifest.precision, device, threads, checked=checked)
         self._later = packed is None and packed_later(artifact, device)
-        session = packed or self._load(entries=UNPACKED if self._later else None)
+        if packed or self._later:
+            session = packed or self._load(entries=UNPACKED)
+            fallbacks = session.fallbacks
+        else:
+            session, fallbacks = self._loaded(own=self._may_own)
         self.info = BackendInfo(
             name="onnx", runtime=session.runtime, device=session.device, precision=manifest.precision, threads=session.threads,
             context=shape.context, head_ids=head_ids, kernel=f"{session.kernel.name}{', packed weights mapped' if packed else ''}",
-            fallbacks=session.fallbacks,
+            fallbacks=fallbacks,
         )
         self._cache = cache
         # whatever may change a bit of the state
@@ -90,7 +97,6 @@ class OnnxBackend:
                      "precision": manifest.precision, "threads": str(session.threads)}
         self._state: State | None = self._using(session, ", unpacked" if self._later else "")
         self._evaluated_one = False
-        self._loading = Run()
         self._packing: threading.Thread | None = None
 
     def open(self, prefix_ids: Sequence[int], run: Run) -> Node:
@@ -141,8 +147,8 @@ class OnnxBackend:
         """Begin to pack, once."""
         if self._later:
             self._later = False
-            guard_graph = isinstance(self._running[0], GuardGraph)
-            self._packing = background.start("packing", partial(self._pack, own=guard_graph), self._loading.cancel)
+            own = self._may_own and isinstance(self._running[0], GuardGraph)
+            self._packing = background.start("packing", partial(self._pack, own=own), self._loading.cancel)
 
     def _pack(self, *, own: bool) -> None:
         """Load the packed weights and go on with them; when that fails, for want of memory or by `shutdown`, all stays as it is."""
@@ -150,20 +156,20 @@ class OnnxBackend:
             if available_memory() < self._artifact.size * PACKED:
                 return
             check_files(self._artifact)  # again: it may be long since they were loaded
-            by_own = self._own() if own else None
-            session = by_own or self._load(loading=self._loading)
-            refused = [OWN_FAILED] if own and by_own is None else []
+            session, fallbacks = self._loaded(own=own, asked=True)
             self._state = self._using(session)
-            self.info = replace(self.info, kernel=session.kernel.name, fallbacks=(*session.fallbacks, *refused))
+            self.info = replace(self.info, kernel=session.kernel.name, fallbacks=fallbacks)
 
-    def _own(self) -> Session | None:
-        """A session with a kernel of our own that has answered; None when it does not take this graph."""
-        try:
-            session = self._load(own=True, loading=self._loading)
-            probe(session, self._artifact.manifest.shape, self.info.head_ids)
-        except (ModelFileError, InferenceError):
-            return None
-        return session
+    def _loaded(self, *, own: bool, asked: bool = False) -> tuple[Session, tuple[str, ...]]:
+        """A session, with a kernel of our `own` if one takes this graph and, if `asked`, answers; and what was wanted in vain."""
+        if own:
+            with suppress(ModelFileError, InferenceError):
+                session = self._load(own=True, loading=self._loading)
+                if asked and session.kernel.library:
+                    probe(session, self._artifact.manifest.shape, self.info.head_ids)
+                return session, session.fallbacks
+        session = self._load(loading=self._loading)
+        return session, (*session.fallbacks, *([OWN_FAILED] if own else []))
 
     def _using(self, session: Session, form: str = "") -> State:
         graph = graph_of(session, self._artifact.manifest.shape, self.info.head_ids)

@@ -59,7 +59,7 @@ class Session:
         self._run_options = ort.RunOptions
         chosen = _devices(device, precision, ort.get_available_providers())
         multiply = partial(_multiplied, entries or {})
-        self.kernel = tried(cpu(), precision, multiply, own=own) if "cpu" in chosen else FLOAT_KERNEL
+        self.kernel = tried(cpu(), precision, multiply, own=own and chosen == ["cpu"]) if "cpu" in chosen else FLOAT_KERNEL
         """Of the CPU."""
         options = _options(ort, self.threads, self.kernel, entries or {})
         if optimised:
