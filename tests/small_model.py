@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from edgeguard import store
 from edgeguard.architecture import Shape
+from edgeguard.convert import guard_graph
 from edgeguard.convert.gate_texts import conversations
 from edgeguard.profiles import get
 from edgeguard.prompt import render
-from edgeguard.weights import expected
+from edgeguard.store import Artifact, Manifest
+from edgeguard.weights import SafetensorsWeights, expected
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2,
@@ -53,3 +57,14 @@ def write_small_model(folder: Path, seed: int = 0, *, tied: bool = False) -> Pat
                for name, size in expected(Shape.from_config(config)).items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
+
+
+def write_small_artifact(source: Path, folder: Path, precision: Any, head_ids: tuple[int, ...]) -> Artifact:
+    """A guard graph of a small model, without prefixes and without a tokenizer that could be used."""
+    weights = SafetensorsWeights(source)
+    guard_graph.build(weights, folder, precision=precision, head_ids=head_ids)
+    (folder / "tokenizer.json").write_text("{}")
+    files = {name: each for name, each in store.records(folder).items() if not name.startswith(".")}
+    Manifest(name="tiny", kind="onnx", profile="edgeguard-mini", precision=precision, weights="model.onnx", files=files,
+             shape=weights.shape, head_ids=head_ids).write(folder)
+    return Artifact.read(folder)

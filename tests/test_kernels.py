@@ -123,6 +123,7 @@ def test_large_weights_get_our_own_kernel_where_it_is_better(processor: str, nam
 def test_our_own_kernel_needs_its_instructions() -> None:
     assert own_kernel(parse_cpuinfo("vendor_id : GenuineIntel\nflags : avx\n", "x86_64"), "int4") is None
     assert own_kernel(NOTHING, "int8") is None
+    assert own_kernel(OLD, "int8") is None, "the runtime has products of 512 bits"
 
 
 @pytest.mark.usefixtures("built")

@@ -4,21 +4,17 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from small_model import write_small_model
+from small_model import write_small_artifact, write_small_model
 
-from edgeguard import store
 from edgeguard.backends import onnx, prepacked
 from edgeguard.backends.base import Run
 from edgeguard.backends.onnx import OnnxBackend, make_prepacked
 from edgeguard.backends.onnx_session import build
-from edgeguard.convert import guard_graph
 from edgeguard.errors import StoreError
-from edgeguard.store import Artifact, Manifest
-from edgeguard.weights import SafetensorsWeights
+from edgeguard.store import Artifact
 
 HEAD = (1, 5, 70, 191)
 IDS = [3, 1, 4, 1, 5, 9, 2, 6]
@@ -27,17 +23,11 @@ IDS = [3, 1, 4, 1, 5, 9, 2, 6]
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Artifact]:
     root = tmp_path_factory.mktemp("packed")
-    weights = SafetensorsWeights(write_small_model(root / "source"))
+    source = write_small_model(root / "source")
 
-    def made(precision: Any) -> Artifact:
+    def made(precision: str) -> Artifact:
         folder = root / precision
-        if not folder.exists():
-            guard_graph.build(weights, folder, precision=precision, head_ids=HEAD)
-            (folder / "tokenizer.json").write_text("{}")
-            files = {name: each for name, each in store.records(folder).items() if not name.startswith(".")}
-            Manifest(name="tiny", kind="onnx", profile="edgeguard-mini", precision=precision, weights="model.onnx", files=files,
-                     shape=weights.shape, head_ids=HEAD).write(folder)
-        return Artifact.read(folder)
+        return Artifact.read(folder) if folder.exists() else write_small_artifact(source, folder, precision, HEAD)
 
     return made
 

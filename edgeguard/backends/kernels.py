@@ -54,6 +54,8 @@ class Own:
     """That holds its library, where it was built."""
     needs: frozenset[str]
     """Features of the processor, beside those of the runtime's kernel."""
+    lacks: frozenset[str]
+    """Those for which the runtime has better ones."""
     precisions: tuple[str, ...]
     reason: str
 
@@ -75,9 +77,9 @@ REST: Mapping[str, Kernel] = {
     "arm64": Kernel("neon", {}, "NEON multiplies bytes to 16 bits and adds them up in 32"),
 }
 OWN: Mapping[str, Own] = {
-    "amx": Own("edgeguard amx", "edgeguard.backends._amx", frozenset(), ("int8",),
+    "amx": Own("edgeguard amx", "edgeguard.backends._amx", frozenset(), frozenset(), ("int8",),
                "it reads weights ahead while it multiplies"),
-    "unsigned": Own("edgeguard avx2", "edgeguard.backends._avx2", frozenset({"avx2", "fma"}), ("int8", "int4"),
+    "unsigned": Own("edgeguard avx2", "edgeguard.backends._avx2", frozenset({"avx2", "fma"}), frozenset({"avx512f"}), ("int8", "int4"),
                     "it multiplies weights as they lie in the file"),
 }
 """By the runtime's."""
@@ -134,7 +136,8 @@ def own_kernel(cpu: Cpu, precision: str) -> Kernel | None:
 
 def _own(cpu: Cpu, precision: str) -> Own | None:
     own = OWN.get(kernel(cpu, precision).name)
-    return own if own and precision in own.precisions and own.needs <= cpu.flags else None
+    fits = own is not None and precision in own.precisions and own.needs <= cpu.flags and not own.lacks & cpu.flags
+    return own if fits else None
 
 
 def told(cpu: Cpu) -> dict[str, Kernel]:
