@@ -66,11 +66,12 @@ class Machine:
             size, place, start = size | (model[start] & 127) << place, place + 7, start + 1
         size |= model[start] << place
         weights = np.frombuffer(model[start + 1 :][:size], np.int8).reshape(a.shape[1], -1).astype(np.int64)
+        scales = kernels._scales(weights.shape[1])
         if not self.saturates or (self.heeds and dict(kernel.entries) == EXACT_X86):
-            return ((a.astype(np.int64) - 128) @ weights).astype(np.float32)
+            return ((a.astype(np.int64) - 128) @ weights).astype(np.float32) * scales
         pairs = a.astype(np.int64)[:, :, None] * weights
         summed = np.clip(pairs[:, ::2] + pairs[:, 1::2], -32768, 32767).sum(1) - 128 * weights.sum(0)
-        return summed.astype(np.float32)
+        return summed.astype(np.float32) * scales
 
 
 def test_what_the_record_does_not_tell_is_tried() -> None:
@@ -93,12 +94,15 @@ def in_place(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
     monkeypatch.setattr(kernels, "OWN", {name: replace(own, module=module) for name, own in kernels.OWN.items()})
 
 
-def both(*, right: bool = True, grants: bool = True) -> Multiply:
-    """Multiplies bytes as the processor of the record would, and 4 bits as this one does, without a library."""
-    four_bits, bytes_ = partial(onnx_session._multiplied, {}), Machine(saturates=not right, grants=grants)
+def both(*, plain: bool = True, own: bool = True, grants: bool = True) -> Multiply:
+    """Multiplies bytes rightly by the processor as it is (`plain`) and by our `own`, or not; 4 bits as this machine does."""
+    four_bits = partial(onnx_session._multiplied, {})
+    by_plain, by_own = Machine(saturates=not plain), Machine(saturates=not own, grants=grants)
 
     def multiply(model: bytes, kernel: Kernel, a: NDArray[Any]) -> NDArray[np.float32]:
-        return bytes_(model, kernel, a) if a.dtype == np.uint8 else four_bits(model, replace(kernel, library=None), a)
+        if a.dtype == np.float32:
+            return four_bits(model, replace(kernel, library=None), a)
+        return (by_own if kernel.library else by_plain)(model, kernel, a)
 
     return multiply
 
@@ -110,13 +114,20 @@ def both(*, right: bool = True, grants: bool = True) -> Multiply:
 ])
 def test_large_weights_get_our_own_kernel_where_it_is_better(processor: str, name: str | None, precisions: set[str]) -> None:
     cpu = RECORDED[processor]
+    multiply = both(plain=processor != "unsigned")
     for precision in kernels.QUANTISED:
-        chosen = tried(cpu, precision, both(), own=True)
+        chosen = tried(cpu, precision, multiply, own=True)
         mine = precision in precisions
         assert (chosen.name, chosen.library) == ((name, Path(kernels.__file__)) if mine else (chosen.name, None))
         assert not chosen.fallbacks and not chosen.entries
-        assert tried(cpu, precision, both()).library is None, "small weights stay in the caches"
+        assert tried(cpu, precision, multiply).library is None, "small weights stay in the caches"
         assert (own_kernel(cpu, precision) is not None) == mine
+
+
+@pytest.mark.usefixtures("built")
+def test_vnni_that_the_record_does_not_tell_needs_no_kernel_of_our_own() -> None:
+    for precision in kernels.QUANTISED:
+        assert tried(RECORDED["unsigned"], precision, both(plain=True), own=True).name == "signed"
 
 
 @pytest.mark.usefixtures("built")
@@ -130,17 +141,18 @@ def test_our_own_kernel_needs_its_instructions() -> None:
 def test_our_own_kernel_that_fails_is_told_of() -> None:
     fallen = tried(RECORDED["amx"], "int8", both(grants=False), own=True)
     assert fallen.name == "amx" and fallen.library is None and "edgeguard amx" in fallen.fallbacks[0]
-    twice = tried(RECORDED["amx"], "int8", both(right=False), own=True)
+    twice = tried(RECORDED["amx"], "int8", both(plain=False, own=False), own=True)
     assert twice.entries == EXACT_X86 and len(twice.fallbacks) == 2
-    avx2 = tried(RECORDED["unsigned"], "int4", both(right=False), own=True)
-    assert avx2.library is None and "edgeguard avx2" in avx2.fallbacks[0]
+    for precision in kernels.QUANTISED:
+        avx2 = tried(RECORDED["unsigned"], precision, both(plain=False, own=False), own=True)
+        assert (avx2.name, avx2.library) == ("unsigned", None) and "edgeguard avx2" in avx2.fallbacks[0]
 
 
 def test_without_a_compiler_there_is_no_kernel_of_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
     in_place(monkeypatch, "edgeguard.backends._not_built")
-    for processor, name in (("amx", "amx"), ("unsigned", "signed")):
-        kept = tried(RECORDED[processor], "int8", both(), own=True)
-        assert kept.name == name and kernels.told(RECORDED[processor])["large int8"].reason == kernels.NOT_BUILT
+    for processor in ("amx", "unsigned"):
+        kept = tried(RECORDED[processor], "int8", both(plain=processor == "amx"), own=True)
+        assert kept.name == processor and kernels.told(RECORDED[processor])["large int8"].reason == kernels.NOT_BUILT
         assert kept.fallbacks == (kernels.NOT_BUILT,)
 
 

@@ -78,3 +78,12 @@ def test_a_damaged_file_is_an_error_whatever_the_kernel(artifact: Artifact) -> N
     (artifact.folder / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(ModelFileError):
         OnnxBackend(artifact, device="cpu")
+
+
+def test_another_graph_than_ours_keeps_the_runtimes_ways(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An export may hold other products of bytes, which saturate unless the runtime is told to take them as unsigned."""
+    monkeypatch.setattr(onnx, "is_guard_graph", lambda _session: False)
+    with pytest.raises(ModelFileError, match="guard graph"):
+        OnnxBackend(artifact, device="cpu")
+    monkeypatch.setattr(onnx, "graph_of", lambda *_: None)
+    assert OnnxBackend(artifact, device="cpu").info.fallbacks == (onnx.OWN_FAILED,)

@@ -1,7 +1,7 @@
 /* Products by weights of 4 and 8 bits, on x86 processors with AVX2 and without VNNI: an operator library for ONNX Runtime.
 
 Such processors multiply bytes to sums of 16 bits only, in pairs. ONNX Runtime widens weights and activations anew for every few
-tokens. Here a panel of weights is brought into the form in which it is multiplied once for up to 256 tokens, and stays in the first
+tokens. Here a panel of weights is brought into the form in which it is multiplied once for all tokens of a pass, and stays in the first
 cache meanwhile. Weights are read as they lie in the file: nothing is packed at load, nothing is copied.
 
 MatMulNBits (blocks of 32 weights of 4 bits): weights 0 to 15 by activations of 8 bits; the sums of eight products fit into 16 bits
@@ -29,10 +29,10 @@ In both a token's result depends on no other token.
 enum { ROWS = 6 }; /* tokens whose sums are in registers, each by its name */
 #define EACH(step) step(0) if (rows > 1) step(1) if (rows > 2) step(2) if (rows > 3) step(3) if (rows > 4) step(4) if (rows > 5) step(5)
 enum { LANES = 8, WIDE = 2 * LANES /* columns of a panel */, LINE = 64 };
-#define LEAST 1e-30f /* magnitude that is not taken for 0 */
+#define TINY 1e-30f /* smaller magnitudes are taken for 0 */
 AVX2 INLINE __m256i load(const void *from) { return _mm256_load_si256(from); }
 
-enum { PASS = 256 }; /* tokens for which weights are brought into their form once */
+enum { PASS_4 = 256, PASS_8 = 128 }; /* tokens for which weights are brought into their form once; their sums are on the stack */
 
 typedef struct { int64_t depth, columns; } Weights;
 
@@ -55,8 +55,7 @@ static void *kept(int64_t depth, int64_t columns) {
 /* Calls `of_pass` for all tokens, `PASS` of them at a time; `each` bytes of room for a token's activations. */
 static Status *in_passes(const Product *whole, int64_t pass, int64_t width, int64_t each, void *context,
                          Status *(*of_pass)(const void *, Product *)) {
-    const int64_t most = least(whole->tokens, pass) + WIDE;
-    uint8_t *room = malloc((size_t)(most * each));
+    uint8_t *room = malloc((size_t)((least(whole->tokens, pass) + ROWS) * each));
     if (!room) return failed("edgeguard: out of memory");
     Status *status = NULL;
     for (int64_t token = 0; token < whole->tokens && !status; token += pass) {
@@ -90,10 +89,10 @@ AVX2 static void quantise_block(const float *from, uint8_t *out, float *step) {
     for (int i = 0; i < 4; i++) /* compared as whole numbers, of which NaN is the largest */
         largest = _mm256_max_epi32(largest, _mm256_and_si256(_mm256_loadu_si256((const void *)(from + LANES * i)), bits));
     const float found = largest_of(largest);
-    const __m256 times = _mm256_set1_ps(found < LEAST ? 0 : 127 / found);
-    *step = found < LEAST ? 0 : found / 127;
+    const __m256 times = _mm256_set1_ps(found < TINY ? 0 : 127 / found);
+    *step = found < TINY ? 0 : found / 127;
     for (int i = 0; i < 4; i++) q[i] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + LANES * i), times));
-    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3])); /* fours: 0, 2, 4, 6, 1, 3 */
+    const __m256i bytes = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3])); /* fours 0, 2, 4, 6, 1, ... */
     const __m256i order = _mm256_setr_epi8(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15,
                                            0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);
     const __m256i turned = _mm256_xor_si256(_mm256_shuffle_epi8(bytes, order), _mm256_set1_epi8((char)128));
@@ -115,7 +114,7 @@ AVX2 static void quantise_group(void *product, size_t group) {
 
 typedef struct {
     int8_t values[DEEP_4][GROUPS][WIDE][4];
-    int16_t starts[DEEP_4][WIDE][2]; /* of sums: what the 128 in activations adds to them, less than nothing */
+    int16_t starts[DEEP_4][WIDE][2]; /* of sums: what the 128 in activations adds to them, negated */
     float scales[DEEP_4][WIDE];
 } Panel4;
 
@@ -220,7 +219,7 @@ AVX2 static void multiply_4(void *product, size_t share) {
     const Product *p = product;
     const int64_t blocks = p->w.depth / BLOCK, end = least((int64_t)(share + 1) * STRIPS_4 * WIDE, p->w.columns);
     _Alignas(LINE) Panel4 panel;
-    _Alignas(LINE) float sums[PASS][WIDE];
+    _Alignas(LINE) float sums[PASS_4][WIDE];
     for (int64_t column = (int64_t)share * STRIPS_4 * WIDE; column < end; column += WIDE) {
         memset(sums, 0, (size_t)p->tokens * sizeof *sums);
         for (int64_t block = 0; block < blocks; block += DEEP_4) {
@@ -246,18 +245,16 @@ enum { ACTIVATIONS, WEIGHTS, SCALES_4, INPUTS_4 };
 
 static Status *create_4(const void *operator, const Function *unused, const void *info, void **out) {
     (void)operator, (void)unused;
-    static const struct { const char *name; int64_t wanted; } attributes[] = { { "bits", 4 }, { "block_size", BLOCK } };
-    int64_t found, depth;
-    for (size_t i = 0; i < 2; i++) {
-        TRY(CALL(WHOLE_NUMBER, Status *, (const void *, const char *, int64_t *), info, attributes[i].name, &found));
-        if (found != attributes[i].wanted) return failed("edgeguard: weights of other than 4 bits in blocks of 32");
-    }
-    TRY(CALL(WHOLE_NUMBER, Status *, (const void *, const char *, int64_t *), info, "K", &depth));
+    static const char *names[] = { "bits", "block_size", "accuracy_level", "K", "N" };
+    int64_t found[5];
+    for (size_t i = 0; i < 5; i++) TRY(CALL(WHOLE_NUMBER, Status *, (const void *, const char *, int64_t *), info, names[i], &found[i]));
+    if (found[0] != 4 || found[1] != BLOCK) return failed("edgeguard: weights of other than 4 bits in blocks of 32");
+    if (found[2] != 4) return failed("edgeguard: activations of other than 8 bits");
     Tensor weights, scales;
     TRY(constant(info, WEIGHTS, &weights));
     TRY(constant(info, SCALES_4, &scales));
-    const int64_t columns = weights.sizes[0], blocks = depth / BLOCK;
-    if (weights.rank != 3 || columns < 1 || blocks < 1 || blocks * BLOCK != depth || (int64_t)weights.count != columns * depth / 2)
+    const int64_t depth = found[3], columns = found[4], blocks = depth / BLOCK;
+    if (columns < 1 || blocks < 1 || blocks * BLOCK != depth || (int64_t)weights.count != columns * depth / 2)
         return failed("edgeguard: weights of another shape");
     if ((int64_t)scales.count != columns * blocks) return failed("edgeguard: scales of another shape");
     *out = kept(depth, columns);
@@ -271,12 +268,12 @@ static Status *compute_4(void *weights, void *context) {
     TRY(output_of(context, &input[ACTIVATIONS], p.w.columns, &p.out));
     p.activations = input[ACTIVATIONS].data, p.weights = input[WEIGHTS].data, p.scales = input[SCALES_4].data;
     p.tokens = (int64_t)input[ACTIVATIONS].count / p.w.depth;
-    return in_passes(&p, PASS, p.w.depth * (int64_t)sizeof(float), p.w.depth + p.w.depth / BLOCK * 4, context, pass_4);
+    return in_passes(&p, PASS_4, p.w.depth * (int64_t)sizeof(float), p.w.depth + p.w.depth / BLOCK * 4, context, pass_4);
 }
 
 /* ---- 8 bits: weights (depth, columns), scales (columns), a zero point of 128 for activations ---- */
 
-enum { PAIRS = 64 /* of a panel: 4 KiB */, PASS_8 = 128 };
+enum { PAIRS = 64 /* of a panel: 4 KiB */ };
 enum { STRIPS_8 = 16 /* panels side by side that a thread takes: some lines of each row, or looking up pages takes longer than reading */ };
 enum { DEEPEST = 1 << 16 }; /* so that no sum of 32 bits overflows */
 
@@ -319,11 +316,13 @@ AVX2 static void widen_pairs(const Product *p, int64_t column, int64_t pair, int
     }
 }
 
-AVX2 INLINE void add_up_8(const int32_t *values, int16_t (*panel)[WIDE][2], int64_t deep, int32_t (*sums)[WIDE], const int rows) {
+AVX2 INLINE void add_up_8(const uint8_t *values, int16_t (*panel)[WIDE][2], int64_t deep, int32_t (*sums)[WIDE], const int rows) {
 #define LOAD(r) { s[r][0] = load(sums[r]), s[r][1] = load(sums[r] + LANES); }
 #define STORE(r) { _mm256_store_si256((void *)sums[r], s[r][0]), _mm256_store_si256((void *)(sums[r] + LANES), s[r][1]); }
 #define ADD_8(r) { \
-        const __m256i x = _mm256_set1_epi32(values[i * ROWS + r]); \
+        int32_t pair; \
+        memcpy(&pair, values + (i * ROWS + r) * 4, 4); \
+        const __m256i x = _mm256_set1_epi32(pair); \
         ADD("vpmaddwd", "vpaddd", s[r][0], x, low); \
         ADD("vpmaddwd", "vpaddd", s[r][1], x, high); \
     }
@@ -338,7 +337,7 @@ AVX2 INLINE void add_up_8(const int32_t *values, int16_t (*panel)[WIDE][2], int6
 
 AVX2 static void add_up_rows_8(const Product *p, int64_t token, int64_t pair, int64_t deep, int16_t (*panel)[WIDE][2],
                                int32_t (*sums)[WIDE]) {
-    const int32_t *values = (const int32_t *)p->values + token * parts(p->w.depth, 2) + pair * ROWS;
+    const uint8_t *values = p->values + (token * parts(p->w.depth, 2) + pair * ROWS) * 4;
     switch (least(p->tokens - token, ROWS)) { /* how many are kept in registers */
         case 1: add_up_8(values, panel, deep, sums, 1); break;
         case 2: add_up_8(values, panel, deep, sums, 2); break;
@@ -389,7 +388,7 @@ static Status *pass_8(const void *context, Product *p) {
     return in_parallel(context, multiply_8, parts(p->w.columns, STRIPS_8 * WIDE), p);
 }
 
-enum { STEP = SCALES_4, SCALES_8, ZERO_POINT, INPUTS_8 };
+enum { STEP = WEIGHTS + 1, SCALES_8, ZERO_POINT, INPUTS_8 };
 
 static Status *create_8(const void *operator, const Function *unused, const void *info, void **out) {
     (void)operator, (void)unused;

@@ -106,19 +106,20 @@ def tried(cpu: Cpu, precision: str, multiply: Multiply, *, own: bool = False) ->
     first = kernel(cpu, precision)
     if precision not in QUANTISED:
         return first
-    if own and (wanted := _own(cpu, precision)):
+    # some systems do not tell of VNNI: what multiplies rightly as it is needs no other way
+    signed = Kernel("signed", {}, "signed byte products were tried here and do not saturate")
+    if first.entries and is_exact(multiply, signed):
+        first = signed
+    elif own and (wanted := own_of(cpu, precision)):
         better = own_kernel(cpu, precision)
         if better and _is_right_if_it_runs(multiply, better, precision):
             return better
         first = replace(first, fallbacks=(f"the kernel {wanted.name} was tried here and failed" if better else NOT_BUILT,))
     if precision == "int4" and not is_close(multiply, first):
         raise InferenceError("The 4-bit kernels of this CPU give wrong sums; take an int8 or fp32 artifact or a GGUF.")
-    # some systems do not tell of VNNI: what multiplies rightly as it is needs no other way
-    signed = Kernel("signed", {}, "signed byte products were tried here and do not saturate", first.fallbacks)
-    plain = signed if first.entries else first
     saturates = f"the kernel {first.name} was tried here and saturates"
-    careful = first if first.entries else Kernel("unsigned", EXACT_X86, saturates, (*first.fallbacks, saturates))
-    for choice in (plain, careful):
+    careful = Kernel("unsigned", EXACT_X86, saturates, (*first.fallbacks, saturates))
+    for choice in (first, careful):
         if is_exact(multiply, choice):
             return choice
     raise InferenceError("The 8-bit kernels of this CPU saturate and give wrong sums; take an fp32 artifact or a GGUF.")
@@ -126,7 +127,7 @@ def tried(cpu: Cpu, precision: str, multiply: Multiply, *, own: bool = False) ->
 
 def own_kernel(cpu: Cpu, precision: str) -> Kernel | None:
     """Our own in the place of the runtime's; None where there is none, or it was not built when edgeguard was installed."""
-    own = _own(cpu, precision)
+    own = own_of(cpu, precision)
     spec = find_spec(own.module) if own else None
     if own is None or spec is None or spec.origin is None:
         return None
@@ -134,7 +135,8 @@ def own_kernel(cpu: Cpu, precision: str) -> Kernel | None:
     return Kernel(own.name, {}, reason, (), Path(spec.origin))
 
 
-def _own(cpu: Cpu, precision: str) -> Own | None:
+def own_of(cpu: Cpu, precision: str) -> Own | None:
+    """The kernel of our own that a processor is to have, whether it was built or not."""
     own = OWN.get(kernel(cpu, precision).name)
     fits = own is not None and precision in own.precisions and own.needs <= cpu.flags and not own.lacks & cpu.flags
     return own if fits else None
@@ -144,7 +146,7 @@ def told(cpu: Cpu) -> dict[str, Kernel]:
     """The kernels of a processor, by what they are for."""
     found = {precision: kernel(cpu, precision) for precision in QUANTISED}
     large = {f"large {precision}": own_kernel(cpu, precision) or replace(found[precision], reason=NOT_BUILT)
-             for precision in QUANTISED if _own(cpu, precision)}
+             for precision in QUANTISED if own_of(cpu, precision)}
     return {**found, **large}
 
 
@@ -153,7 +155,8 @@ def is_exact(multiply: Multiply, kernel: Kernel) -> bool:
 
     Of a library also deeper ones with an edge: all ways through it.
     """
-    blocks = [(576, 64, (1, 48)), *([(4201, 40, (1, 4, 5, 9, 32, 64, 90, 301))] if kernel.library else [])]
+    deep = [(4201, 40, (1, 4, 5, 9, 32, 64, 90, 301)), (70, 296, (7, 13))]
+    blocks = [(576, 64, (1, 48)), *(deep if kernel.library else [])]
     return all(_is_exact(multiply, kernel, *block) for block in blocks)
 
 
@@ -163,9 +166,21 @@ def _is_exact(multiply: Multiply, kernel: Kernel, depth: int, columns: int, coun
     weights[1::2, 2::3] = -128
     activations = np.full((max(counts), depth), 255, np.uint8)
     activations[1::3], activations[2::3, ::2] = 0, 0
-    wanted = ((activations.astype(np.int64) - 128) @ weights.astype(np.int64)).astype(np.float32)
-    model = int8_product(weights)
+    activations[_marked(len(activations))] = 17
+    scales = _scales(columns)
+    wanted = ((activations.astype(np.int64) - 128) @ weights.astype(np.int64)).astype(np.float32) * scales
+    model = int8_product(weights, scales)
     return all(np.array_equal(multiply(model, kernel, activations[:tokens]), wanted[:tokens]) for tokens in counts)
+
+
+def _marked(tokens: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """A place in each token's activations that differs from those of its neighbours, so that none is taken for another one."""
+    return np.arange(tokens), np.arange(tokens) % 7
+
+
+def _scales(columns: int) -> NDArray[np.float32]:
+    """One after the other different; products by them are exact."""
+    return np.exp2(np.arange(columns) % 3).astype(np.float32)
 
 
 def _is_right_if_it_runs(multiply: Multiply, kernel: Kernel, precision: str) -> bool:
@@ -181,7 +196,8 @@ def is_close(multiply: Multiply, kernel: Kernel) -> bool:
 
     A step of that rounding is a 127th of the largest activation. Of a library also deeper ones with an edge: all ways through it.
     """
-    blocks = [(512, 96, (1, 48)), *([(1056, 40, (2, 3, 4, 5, 300))] if kernel.library else [])]
+    deep = [(1056, 40, (2, 3, 4, 5, 300)), (64, 168, (7, 13))]
+    blocks = [(512, 96, (1, 48)), *(deep if kernel.library else [])]
     return all(_is_close(multiply, kernel, *block) for block in blocks)
 
 
@@ -191,8 +207,10 @@ def _is_close(multiply: Multiply, kernel: Kernel, depth: int, columns: int, coun
     activations = np.ones((max(counts), depth), np.float32)
     activations[1::3] = -1
     activations[2::3] = np.linspace(-1, 1, depth, dtype=np.float32)
-    signed = weights.T.astype(np.float64) - 8
+    activations[_marked(len(activations))] = 0.5
+    scales = np.repeat(_scales(columns)[:, None], depth // BLOCK, 1)
+    signed = (weights.T.astype(np.float64) - 8) * scales[:, 0]
     wanted, allowed = activations.astype(np.float64) @ signed, 1.1 * ROUNDING / 127 * np.abs(signed).sum(0)
-    model = int4_product(weights, BLOCK)
+    model = int4_product(weights, scales, BLOCK)
     return all(bool((np.abs(multiply(model, kernel, activations[:tokens]) - wanted[:tokens]) <= allowed).all())
                for tokens in counts)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edgeguard.architecture import Shape
 from edgeguard.backends import background
 from edgeguard.backends.base import PACKED, BackendInfo, FloatArray, IntArray, Node, Run
-from edgeguard.backends.kernels import kernel
+from edgeguard.backends.kernels import kernel, own_of
 from edgeguard.backends.keys_values import Buffer, keys_and_values, room
 from edgeguard.backends.onnx_export import ExportGraph
 from edgeguard.backends.onnx_session import Session, build
@@ -78,7 +78,9 @@ class OnnxBackend:
         packed = None
         if prepacked is not None and device in ("auto", "cpu"):
             packed = load(artifact, prepacked, build(), threads, lambda session: probe(session, shape, head_ids))
-        self._loading, self._may_own = Run(), own and artifact.size >= LARGE
+        self._loading = Run()
+        large = artifact.size >= LARGE and device in ("auto", "cpu")
+        self._may_own = own and large and own_of(cpu(), manifest.precision) is not None
         self._load = partial(Session, artifact.path(manifest.weights).resolve(), manifest.precision, device, threads, checked=checked)
         self._later = packed is None and packed_later(artifact, device)
         if packed or self._later:
@@ -147,29 +149,37 @@ class OnnxBackend:
         """Begin to pack, once."""
         if self._later:
             self._later = False
-            own = self._may_own and isinstance(self._running[0], GuardGraph)
-            self._packing = background.start("packing", partial(self._pack, own=own), self._loading.cancel)
+            self._packing = background.start("packing", self._pack, self._loading.cancel)
 
-    def _pack(self, *, own: bool) -> None:
+    def _pack(self) -> None:
         """Load the packed weights and go on with them; when that fails, for want of memory or by `shutdown`, all stays as it is."""
         with suppress(EdgeGuardError, OSError, MemoryError, RuntimeError), ONE_AT_A_TIME:
             if available_memory() < self._artifact.size * PACKED:
                 return
             check_files(self._artifact)  # again: it may be long since they were loaded
-            session, fallbacks = self._loaded(own=own, asked=True)
+            session, fallbacks = self._loaded(own=self._may_own, asked=True)
             self._state = self._using(session)
             self.info = replace(self.info, kernel=session.kernel.name, fallbacks=fallbacks)
 
     def _loaded(self, *, own: bool, asked: bool = False) -> tuple[Session, tuple[str, ...]]:
         """A session, with a kernel of our `own` if one takes this graph and, if `asked`, answers; and what was wanted in vain."""
-        if own:
-            with suppress(ModelFileError, InferenceError):
-                session = self._load(own=True, loading=self._loading)
-                if asked and session.kernel.library:
-                    probe(session, self._artifact.manifest.shape, self.info.head_ids)
-                return session, session.fallbacks
+        session = self._by_own(asked=asked) if own else None
+        if session is not None:
+            return session, session.fallbacks
         session = self._load(loading=self._loading)
         return session, (*session.fallbacks, *([OWN_FAILED] if own else []))
+
+    def _by_own(self, *, asked: bool) -> Session | None:
+        """None when a kernel of our own does not take the graph. Other graphs than ours may hold products that need the runtime's ways."""
+        try:
+            session = self._load(own=True, loading=self._loading)
+            if session.kernel.library and not is_guard_graph(session):
+                return None
+            if session.kernel.library and asked:
+                probe(session, self._artifact.manifest.shape, self.info.head_ids)
+        except (ModelFileError, InferenceError):
+            return None
+        return session
 
     def _using(self, session: Session, form: str = "") -> State:
         graph = graph_of(session, self._artifact.manifest.shape, self.info.head_ids)
@@ -200,8 +210,13 @@ def packed_later(artifact: Artifact, device: str) -> bool:
 
 def graph_of(session: Session, shape: Shape, head_ids: IntArray) -> Graph:
     """The strategy for the kind of graph that a session holds."""
-    kind = GuardGraph if "ids" in session.types else ExportGraph
+    kind = GuardGraph if is_guard_graph(session) else ExportGraph
     return kind(session, shape, head_ids)
+
+
+def is_guard_graph(session: Session) -> bool:
+    """Rather than an ordinary export."""
+    return "ids" in session.types
 
 
 def make_prepacked(artifact: Artifact, folder: Path) -> Path:

@@ -72,20 +72,20 @@ def check_external(model: Path) -> list[ExternalTensor]:
     return tensors
 
 
-def int8_product(weights: NDArray[np.int8]) -> bytes:
-    """A model of one MatMulIntegerToFloat by constant weights (K, N): `a` uint8 (M, K) to `y` = (a - 128) @ weights."""
-    ones, middle = np.ones(weights.shape[1], np.float32), np.full((), 128, np.uint8)
-    tensors: dict[str, NDArray[Any]] = {"b": weights, "one": ones[:1].reshape(()), "ones": ones, "middle": middle}
-    return _model("MatMulIntegerToFloat", ("a", "b", "one", "ones", "middle"), {}, tensors, np.dtype(np.uint8))
+def int8_product(weights: NDArray[np.int8], scales: NDArray[np.float32]) -> bytes:
+    """A model of one MatMulIntegerToFloat by constant weights (K, N), scales (N,): `a` uint8 (M, K), less 128, to `y`."""
+    one, middle = np.ones((), np.float32), np.full((), 128, np.uint8)
+    tensors: dict[str, NDArray[Any]] = {"b": weights, "one": one, "scales": scales, "middle": middle}
+    return _model("MatMulIntegerToFloat", ("a", "b", "one", "scales", "middle"), {}, tensors, np.dtype(np.uint8))
 
 
-def int4_product(weights: NDArray[np.uint8], block: int) -> bytes:
-    """A model of one MatMulNBits by constant weights 0 to 15 (N, K): `a` float32 (M, K) to `y` = a @ (weights - 8).T."""
+def int4_product(weights: NDArray[np.uint8], scales: NDArray[np.float32], block: int) -> bytes:
+    """A model of one MatMulNBits by constant weights 0 to 15 (N, K), scales (N, K / block): `a` float32 (M, K) to `y`."""
     out, width = weights.shape
     packed = (weights[:, ::2] | weights[:, 1::2] << 4).reshape(out, width // block, block // 2)
-    tensors: dict[str, NDArray[Any]] = {"b": packed, "ones": np.ones((out, width // block), np.float32)}
+    tensors: dict[str, NDArray[Any]] = {"b": packed, "scales": scales}
     numbers = {"K": width, "N": out, "bits": 4, "block_size": block, "accuracy_level": 4}
-    return _model("MatMulNBits", ("a", "b", "ones"), numbers, tensors, np.dtype(np.float32))
+    return _model("MatMulNBits", ("a", "b", "scales"), numbers, tensors, np.dtype(np.float32))
 
 
 def _model(operator: str, inputs: Sequence[str], numbers: Mapping[str, int], tensors: Mapping[str, NDArray[Any]],
