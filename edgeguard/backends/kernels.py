@@ -119,9 +119,10 @@ def tried(cpu: Cpu, precision: str, multiply: Multiply, *, own: bool = False) ->
         raise InferenceError("The 4-bit kernels of this CPU give wrong sums; take an int8 or fp32 artifact or a GGUF.")
     saturates = f"the kernel {first.name} was tried here and saturates"
     careful = Kernel("unsigned", EXACT_X86, saturates, (*first.fallbacks, saturates))
-    for choice in (first, careful):
-        if is_exact(multiply, choice):
-            return choice
+    if first is signed or is_exact(multiply, first):
+        return first
+    if not first.entries and is_exact(multiply, careful):
+        return careful
     raise InferenceError("The 8-bit kernels of this CPU saturate and give wrong sums; take an fp32 artifact or a GGUF.")
 
 
