@@ -1,7 +1,7 @@
 /* Products by weights of 4 and 8 bits, on x86 processors with AVX2 and without VNNI: an operator library for ONNX Runtime.
 
 Such processors multiply bytes to sums of 16 bits only, in pairs. ONNX Runtime widens weights and activations anew for every few
-tokens. Here a panel of weights is brought into the form in which it is multiplied once for all tokens of a pass, and stays in the first
+tokens. Here a panel of weights is brought into the form in which it is multiplied once for up to 256 tokens, and stays in the first
 cache meanwhile. Weights are read as they lie in the file: nothing is packed at load, nothing is copied.
 
 MatMulNBits (blocks of 32 weights of 4 bits): weights 0 to 15 by activations of 8 bits; the sums of eight products fit into 16 bits
@@ -32,7 +32,7 @@ enum { LANES = 8, WIDE = 2 * LANES /* columns of a panel */, LINE = 64 };
 #define TINY 1e-30f /* smaller magnitudes are taken for 0 */
 AVX2 INLINE __m256i load(const void *from) { return _mm256_load_si256(from); }
 
-enum { PASS_4 = 256, PASS_8 = 128 }; /* tokens for which weights are brought into their form once; their sums are on the stack */
+enum { PASS = 256 }; /* tokens for which weights are brought into their form once */
 
 typedef struct { int64_t depth, columns; } Weights;
 
@@ -44,6 +44,8 @@ typedef struct {
     int64_t tokens;
     uint8_t *values; /* activations as they are multiplied */
     float *steps;    /* of their blocks */
+    int32_t (*sums)[WIDE];
+    int64_t strips; /* of a share */
 } Product;
 
 static void *kept(int64_t depth, int64_t columns) {
@@ -53,14 +55,13 @@ static void *kept(int64_t depth, int64_t columns) {
 }
 
 /* Calls `of_pass` for all tokens, `PASS` of them at a time; `each` bytes of room for a token's activations. */
-static Status *in_passes(const Product *whole, int64_t pass, int64_t width, int64_t each, void *context,
-                         Status *(*of_pass)(const void *, Product *)) {
-    uint8_t *room = malloc((size_t)((least(whole->tokens, pass) + ROWS) * each));
+static Status *in_passes(const Product *whole, int64_t width, int64_t each, void *context, Status *(*of_pass)(const void *, Product *)) {
+    uint8_t *room = malloc((size_t)((least(whole->tokens, PASS) + ROWS) * each));
     if (!room) return failed("edgeguard: out of memory");
     Status *status = NULL;
-    for (int64_t token = 0; token < whole->tokens && !status; token += pass) {
+    for (int64_t token = 0; token < whole->tokens && !status; token += PASS) {
         Product p = *whole;
-        p.tokens = least(whole->tokens - token, pass);
+        p.tokens = least(whole->tokens - token, PASS);
         p.activations = (const int8_t *)whole->activations + token * width;
         p.out += token * p.w.columns;
         p.values = room;
@@ -219,7 +220,7 @@ AVX2 static void multiply_4(void *product, size_t share) {
     const Product *p = product;
     const int64_t blocks = p->w.depth / BLOCK, end = least((int64_t)(share + 1) * STRIPS_4 * WIDE, p->w.columns);
     _Alignas(LINE) Panel4 panel;
-    _Alignas(LINE) float sums[PASS_4][WIDE];
+    _Alignas(LINE) float sums[PASS][WIDE];
     for (int64_t column = (int64_t)share * STRIPS_4 * WIDE; column < end; column += WIDE) {
         memset(sums, 0, (size_t)p->tokens * sizeof *sums);
         for (int64_t block = 0; block < blocks; block += DEEP_4) {
@@ -268,13 +269,14 @@ static Status *compute_4(void *weights, void *context) {
     TRY(output_of(context, &input[ACTIVATIONS], p.w.columns, &p.out));
     p.activations = input[ACTIVATIONS].data, p.weights = input[WEIGHTS].data, p.scales = input[SCALES_4].data;
     p.tokens = (int64_t)input[ACTIVATIONS].count / p.w.depth;
-    return in_passes(&p, PASS_4, p.w.depth * (int64_t)sizeof(float), p.w.depth + p.w.depth / BLOCK * 4, context, pass_4);
+    return in_passes(&p, p.w.depth * (int64_t)sizeof(float), p.w.depth + p.w.depth / BLOCK * 4, context, pass_4);
 }
 
 /* ---- 8 bits: weights (depth, columns), scales (columns), a zero point of 128 for activations ---- */
 
-enum { PAIRS = 64 /* of a panel: 4 KiB */ };
-enum { STRIPS_8 = 16 /* panels side by side that a thread takes: some lines of each row, or looking up pages takes longer than reading */ };
+enum { PAIRS = 32 /* of a panel: 2 KiB */ };
+enum { STRIPS_8 = 32 /* panels side by side that a thread takes: some lines of each row, or looking up pages takes longer than reading */ };
+enum { LEAST_SHARES = 8 };
 enum { DEEPEST = 1 << 16 }; /* so that no sum of 32 bits overflows */
 
 /* Activations less their zero point (group of tokens, pair, token of the group, 2) of 16 bits; without a partner a 0. */
@@ -317,8 +319,8 @@ AVX2 static void widen_pairs(const Product *p, int64_t column, int64_t pair, int
 }
 
 AVX2 INLINE void add_up_8(const uint8_t *values, int16_t (*panel)[WIDE][2], int64_t deep, int32_t (*sums)[WIDE], const int rows) {
-#define LOAD(r) { s[r][0] = load(sums[r]), s[r][1] = load(sums[r] + LANES); }
-#define STORE(r) { _mm256_store_si256((void *)sums[r], s[r][0]), _mm256_store_si256((void *)(sums[r] + LANES), s[r][1]); }
+#define LOAD(r) { s[r][0] = _mm256_loadu_si256((const void *)sums[r]), s[r][1] = _mm256_loadu_si256((const void *)(sums[r] + LANES)); }
+#define STORE(r) { _mm256_storeu_si256((void *)sums[r], s[r][0]), _mm256_storeu_si256((void *)(sums[r] + LANES), s[r][1]); }
 #define ADD_8(r) { \
         int32_t pair; \
         memcpy(&pair, values + (i * ROWS + r) * 4, 4); \
@@ -353,7 +355,7 @@ AVX2 static void scale_8(const Product *p, int64_t column, int32_t (*sums)[WIDE]
     const int64_t wide = least(p->w.columns - column, WIDE);
     for (int64_t i = 0; i < wide; i++) scales[i] = p->step * p->scales[column + i];
     for (int64_t token = 0; token < p->tokens; token++) {
-        const __m256i a = load(sums[token]), b = load(sums[token] + LANES);
+        const __m256i a = _mm256_loadu_si256((const void *)sums[token]), b = _mm256_loadu_si256((const void *)(sums[token] + LANES));
         const __m256 low = _mm256_cvtepi32_ps(_mm256_permute2x128_si256(a, b, 0x20));
         const __m256 high = _mm256_cvtepi32_ps(_mm256_permute2x128_si256(a, b, 0x31));
         _mm256_store_ps(out, _mm256_mul_ps(low, _mm256_load_ps(scales)));
@@ -362,30 +364,39 @@ AVX2 static void scale_8(const Product *p, int64_t column, int32_t (*sums)[WIDE]
     }
 }
 
+/* Asks for a strip's share of the rows that come next. */
+static void ask_for_8(const Product *p, int64_t first, int64_t pair, int64_t strip, int64_t strips) {
+    const int64_t columns = p->w.columns, row = 2 * pair + 2 * PAIRS * strip / strips, last = 2 * pair + 2 * PAIRS * (strip + 1) / strips;
+    for (int64_t i = row; i < least(last, p->w.depth); i++)
+        for (int64_t at = first; at < least(first + strips * WIDE, columns); at += LINE)
+            __builtin_prefetch((const int8_t *)p->weights + i * columns + at, 0, 2);
+}
+
 AVX2 static void multiply_8(void *product, size_t share) {
     const Product *p = product;
-    const int64_t pairs = parts(p->w.depth, 2), columns = p->w.columns, first = (int64_t)share * STRIPS_8 * WIDE;
-    const int64_t strips = parts(least(columns - first, STRIPS_8 * WIDE), WIDE);
+    const int64_t pairs = parts(p->w.depth, 2), columns = p->w.columns, first = (int64_t)share * p->strips * WIDE;
+    const int64_t strips = parts(least(columns - first, p->strips * WIDE), WIDE);
     _Alignas(LINE) Panel8 panels[STRIPS_8];
-    _Alignas(LINE) int32_t sums[STRIPS_8][PASS_8][WIDE];
-    for (int64_t strip = 0; strip < strips; strip++) memset(sums[strip], 0, (size_t)p->tokens * sizeof **sums);
+    int32_t (*sums)[WIDE] = p->sums + first / WIDE * p->tokens; /* of a strip all tokens, then those of the next */
+    memset(sums, 0, (size_t)(strips * p->tokens) * sizeof *sums);
     for (int64_t pair = 0; pair < pairs; pair += PAIRS) {
-        const int64_t deep = least(pairs - pair, PAIRS), ahead = 2 * (pair + PAIRS);
+        const int64_t deep = least(pairs - pair, PAIRS);
         for (int64_t i = 0; i < deep; i++) widen_pairs(p, first, pair + i, strips, panels, i);
         for (int64_t strip = 0; strip < strips; strip++) {
-            for (int64_t row = ahead + strip * 8; row < least(ahead + strip * 8 + 8, p->w.depth); row++)
-                for (int64_t at = first; at < least(first + STRIPS_8 * WIDE, columns); at += LINE)
-                    __builtin_prefetch((const int8_t *)p->weights + row * columns + at, 0, 2);
+            ask_for_8(p, first, pair + PAIRS, strip, strips);
             for (int64_t token = 0; token < p->tokens; token += ROWS)
-                add_up_rows_8(p, token, pair, deep, panels[strip], sums[strip] + token);
+                add_up_rows_8(p, token, pair, deep, panels[strip], sums + strip * p->tokens + token);
         }
     }
-    for (int64_t strip = 0; strip < strips; strip++) scale_8(p, first + strip * WIDE, sums[strip]);
+    for (int64_t strip = 0; strip < strips; strip++) scale_8(p, first + strip * WIDE, sums + strip * p->tokens);
 }
 
 static Status *pass_8(const void *context, Product *p) {
-    TRY(in_parallel(context, widen_group, parts(p->tokens, ROWS), p));
-    return in_parallel(context, multiply_8, parts(p->w.columns, STRIPS_8 * WIDE), p);
+    const int64_t strips = parts(p->w.columns, WIDE), groups = parts(p->tokens, ROWS);
+    p->sums = (void *)(p->values + groups * ROWS * parts(p->w.depth, 2) * 4);
+    p->strips = least(STRIPS_8, parts(strips, LEAST_SHARES));
+    TRY(in_parallel(context, widen_group, groups, p));
+    return in_parallel(context, multiply_8, parts(strips, p->strips), p);
 }
 
 enum { STEP = WEIGHTS + 1, SCALES_8, ZERO_POINT, INPUTS_8 };
@@ -412,7 +423,7 @@ static Status *compute_8(void *weights, void *context) {
     p.activations = input[ACTIVATIONS].data, p.weights = input[WEIGHTS].data;
     p.scales = input[SCALES_8].data, p.step = *(const float *)input[STEP].data;
     p.tokens = (int64_t)input[ACTIVATIONS].count / p.w.depth;
-    return in_passes(&p, PASS_8, p.w.depth, parts(p.w.depth, 2) * 4, context, pass_8);
+    return in_passes(&p, p.w.depth, parts(p.w.depth, 2) * 4 + parts(p.w.columns, WIDE) * WIDE * 4, context, pass_8);
 }
 
 /* ---- the operators ---- */
