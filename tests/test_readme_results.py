@@ -137,3 +137,15 @@ def test_the_run_with_our_own_kernel_is_told_as_it_was() -> None:
     names = ("llama-cpp-python's first call over edgeguard", "its steady stream over edgeguard", "unsafe with one code over safe")
     for told, name in zip(found.groups(), names, strict=True):
         assert agrees(told, got[TARGETS[name]]), f"{name}: {told}"
+
+
+def test_seconds_on_avx2_are_those_of_the_run() -> None:
+    found = re.search(r"takes ([\d.]+) s in int4, ([\d.]+) s with ONNX Runtime's; in int8 ([\d.]+) s\.", README)
+    loads = re.search(r"int4 loads in (\d+) s, with ONNX Runtime's kernel in (\d+) s", README)
+    assert found and loads
+    cells = {each["id"]: each for each in run("speed-8b-avx2")["cells"] if each["measured"]}
+    for told, label in zip(found.groups(), ("onnx-int4", "onnx-int4-runtime", "onnx-int8"), strict=True):
+        cell = cells[f"ladder/L2/{label}/23/safe"]
+        assert agrees(told, cell["p50"]) and ("edgeguard" in cell["facts"]["kernel"]) != label.endswith("runtime")
+    for told, label in zip(loads.groups(), ("onnx-int4", "onnx-int4-runtime"), strict=True):
+        assert agrees(told, cells[f"cold/ladder-L2-{label}/load"]["p50"])
