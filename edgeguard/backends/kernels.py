@@ -47,7 +47,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Own:
-    """A kernel of our own that surpasses one of the runtime's with weights that come from memory."""
+    """A kernel of our own that is used instead of one of the runtime's for weights that come from memory."""
 
     name: str
     module: str
@@ -132,7 +132,7 @@ def own_kernel(cpu: Cpu, precision: str) -> Kernel | None:
     spec = find_spec(own.module) if own else None
     if own is None or spec is None or spec.origin is None:
         return None
-    reason = f"{kernel(cpu, precision).reason}; edgeguard's own kernel is faster with large weights: {own.reason}"
+    reason = f"{kernel(cpu, precision).reason}; edgeguard's own kernel for large weights: {own.reason}"
     return Kernel(own.name, {}, reason, (), Path(spec.origin))
 
 
