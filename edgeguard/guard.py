@@ -19,7 +19,15 @@ from edgeguard.backends.base import Backend, BackendInfo, Node, Run
 from edgeguard.calibration import UNCALIBRATED, Calibration, Whose
 from edgeguard.conversation import Conversation, Message
 from edgeguard.decoder import Decision, decide_many
-from edgeguard.errors import ContextLengthError, EdgeGuardError, InferenceError, InputError, ModelMismatchError, PolicyError
+from edgeguard.errors import (
+    ContextLengthError,
+    EdgeGuardError,
+    InferenceError,
+    InputError,
+    ModelMemoryError,
+    ModelMismatchError,
+    PolicyError,
+)
 from edgeguard.policy import Policy
 from edgeguard.prefix import role_prefixes
 from edgeguard.profiles import Profile
@@ -236,6 +244,10 @@ class Guard:
             if self._closed:
                 raise InferenceError("This guard is closed; load it again.")
             yield
+        except MemoryError as error:
+            if isinstance(error, EdgeGuardError):
+                raise
+            raise ModelMemoryError(f"Memory ran out while a text was judged ({error}). Free some, or judge shorter texts.") from error
         finally:
             self._lock.release()
 

@@ -25,6 +25,7 @@ from edgeguard.errors import (
     DeadlineError,
     InferenceError,
     InputError,
+    ModelMemoryError,
     ModelMismatchError,
     ModelNotFoundError,
     PolicyError,
@@ -146,6 +147,17 @@ def test_logits_that_are_no_numbers_are_no_verdict(guard: Guard, logits: float) 
     broken = Guard.load(backend=ScriptedBackend(lambda ids: np.full(rows, logits), guard.backend_info.head_ids.tolist()))
     with pytest.raises(InferenceError):
         broken.check("hello")
+
+
+def test_memory_that_runs_out_is_no_verdict(guard: Guard, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> list[Node]:
+        raise MemoryError("Unable to allocate 5.37 MiB")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(guard._backend, "extend", full)
+        with pytest.raises(ModelMemoryError, match=r"5\.37 MiB.*shorter texts"):
+            guard.check("hello")
+    assert guard.check("hello").verdict == "safe"
 
 
 def test_a_model_off_its_path_is_an_error_or_warned_of(guard: Guard) -> None:

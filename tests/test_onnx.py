@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import _thread
 import shutil
 import threading
 import time
@@ -255,6 +256,31 @@ def test_the_runtime_itself_is_stopped(make: Make, monkeypatch: pytest.MonkeyPat
     with pytest.raises(CancelledError):
         backend.open(list(range(256)), run)
     assert len(checks) == 1
+
+
+def test_ctrl_c_stops_the_runtime() -> None:
+    stopped = threading.Event()
+    interrupt = threading.Timer(0.1, _thread.interrupt_main)
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        onnx_session._stoppable(lambda: stopped.wait(60), Run(), stopped.set)
+    assert stopped.is_set(), "and it is waited for"
+
+
+def test_files_that_are_written_to_while_they_are_used_are_an_error(copy: Make) -> None:
+    """They are mapped: other numbers would be in the next pass, and a file cut off would end the process."""
+    artifact = copy("plain", "int8")
+    backend = OnnxBackend(artifact, threads=1)
+    (before,) = backend.extend([(None, PREFIX)], Run())
+    data = artifact.folder / "model.onnx.data"
+    shutil.copy(data, data.with_suffix(".new"))
+    data.with_suffix(".new").replace(data)
+    assert logits(backend.extend([(None, PREFIX)], Run())) == logits([before]), "what took the place of a file is another file"
+    backend = OnnxBackend(artifact, threads=1)
+    with data.open("r+b") as file:
+        file.truncate(data.stat().st_size // 2)
+    with pytest.raises(ModelFileError, match="written to while it was in use"):
+        backend.extend([(None, PREFIX)], Run())
 
 
 def damage(artifact: Artifact, name: str, number: float) -> None:

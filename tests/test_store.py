@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from edgeguard import store
 from edgeguard.errors import ModelFileError, ModelNotFoundError, StoreError
 from edgeguard.store import BareModel, FileRecord, Manifest, catalogue
-from edgeguard.store.files import Seen, locked
+from edgeguard.store.files import Seen, Unchanged, locked
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
 JUNK = st.recursive(LEAVES, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=4)
@@ -348,3 +348,21 @@ def test_records_leave_out_what_is_hidden(tmp_path: Path) -> None:
     (tmp_path / ".b").write_bytes(b"abc")
     want = FileRecord("ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad", 3)
     assert store.records(tmp_path) == {"a.txt": want}
+
+
+def test_files_in_use_are_held_to_what_they_were(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"12345")
+    held = Unchanged([path])
+    held.check()
+    with path.open("ab") as file:
+        file.write(b"6")
+    with pytest.raises(ModelFileError, match="weights was written to"):
+        held.check()
+    with pytest.raises(ModelFileError, match="cannot be opened"):
+        Unchanged([tmp_path / "missing"])
+    other = Unchanged([path])
+    ((_, handle, _),) = other._held
+    del other
+    with pytest.raises(OSError, match="descriptor"):
+        os.fstat(handle)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +20,9 @@ from edgeguard.backends.kernels import QUANTISED, Kernel, tried
 from edgeguard.backends.onnx_protobuf import FLOAT, ExternalTensor, check_external
 from edgeguard.errors import DeviceError, EdgeGuardError, InferenceError, ModelFileError, ModelMemoryError, RuntimeMissingError
 from edgeguard.machine import cpu, default_threads, no_telemetry, runtime_conflict, runtimes
+from edgeguard.store.files import Unchanged
+
+T = TypeVar("T")
 
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
@@ -30,7 +34,7 @@ PROVIDERS = {
 CPU_ONLY = ("int8",)
 """Precisions whose kernels exist on the CPU only."""
 POLL = 0.01  # seconds between two looks at a call's cancel token
-SILENT, ERRORS = 4, 3  # severities of ONNX Runtime's log
+SILENT = 4  # severity of ONNX Runtime's log: what goes wrong is raised
 NO_MEMORY = ("allocate memory", "bad_alloc", "bad allocation", "out of memory")
 BLOCK = 1 << 22  # numbers looked at together
 TRIAL_THREADS = 2  # that kernels are tried with: two share a product otherwise than one
@@ -68,8 +72,9 @@ class Session:
             options.optimized_model_filepath = str(written)
         loading = loading or Run()
         before = huge_pages.regions()
-        with _watched(loading, partial(options.set_load_cancellation_flag, True)):
-            self.device, self._session = _granted(ort, model, chosen, options, loading)
+        self._files = Unchanged([model, *{model.parent / tensor.location: None for tensor in tensors}])
+        self.device, self._session = _stoppable(lambda: _granted(ort, model, chosen, options, loading), loading,
+                                                partial(options.set_load_cancellation_flag, True))
         if self.device == "cpu":
             huge_pages.gather(before)
         lost = [f"the {self.device}: {each} was not granted" for each in chosen[: chosen.index(self.device)]]
@@ -82,12 +87,16 @@ class Session:
         self.outputs: list[str] = [each.name for each in self._session.get_outputs()]
 
     def run(self, outputs: Sequence[str], feeds: Mapping[str, NDArray[Any]], run: Run) -> list[NDArray[Any]]:
-        """The named outputs; raises `CancelledError`, `DeadlineError`, `InferenceError`."""
+        """The named outputs; raises `CancelledError`, `DeadlineError`, `InferenceError`, `ModelFileError` (its files were written to)."""
         run.check()
+        self._files.check()
         options = self._run_options()
         options.log_severity_level = SILENT
-        with _translated(run), _watched(run, partial(setattr, options, "terminate", True)):
-            return list(self._session.run(list(outputs), dict(feeds), options))
+        with _translated(run):
+            found = _stoppable(lambda: list(self._session.run(list(outputs), dict(feeds), options)), run,
+                               partial(setattr, options, "terminate", True))
+        self._files.check()  # their pages are read during the pass
+        return found
 
 
 def build() -> str:
@@ -145,7 +154,7 @@ def _granted(ort: Any, model: Path, devices: Sequence[str], options: Any, run: R
 def _options(ort: Any, threads: int, kernel: Kernel, entries: Mapping[str, str]) -> Any:  # noqa: ANN401
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = ERRORS
+    options.log_severity_level = SILENT
     # a pass of the mini has a thousand operators of microseconds: sleeping between them costs a quarter of its time;
     # between two passes threads sleep, for the sake of other processes
     spinning = {"session.intra_op.allow_spinning": "1", "session.force_spinning_stop": "1"}
@@ -179,24 +188,31 @@ def _multiplied(entries: Mapping[str, str], model: bytes, kernel: Kernel, activa
         return np.asarray(session.run(None, {"a": activations})[0])
 
 
-@contextmanager
-def _watched(run: Run, stop: Callable[[], object]) -> Iterator[None]:
-    """While the runtime works, look at the cancel token and stop it between two operators, or two weights."""
-    done = threading.Event()
+def _stoppable(call: Callable[[], T], run: Run, stop: Callable[[], object]) -> T:
+    """The result of a call of the runtime, which `stop` ends between two operators, or two weights: when `run` is stopped, or by Ctrl-C.
 
-    def watch() -> None:
+    Python sees Ctrl-C between its own steps only, so the call has a thread of its own, and this one looks at the cancel token.
+    """
+    outcome: Future[T] = Future()
+    done = threading.Event()  # a join that is interrupted takes the thread for ended (CPython up to 3.12)
+
+    def work() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+        done.set()
+
+    threading.Thread(target=work, name=f"{threading.current_thread().name}-call", daemon=True).start()
+    try:
         while not done.wait(POLL):
             if run.stopped:
                 stop()
-                return
-
-    thread = threading.Thread(target=watch, name="edgeguard-watch", daemon=True)
-    thread.start()
-    try:
-        yield
     finally:
-        done.set()
-        thread.join()
+        if not done.is_set():  # after Ctrl-C
+            stop()
+            done.wait()
+    return outcome.result()
 
 
 @contextmanager
@@ -210,7 +226,7 @@ def _translated(run: Run | None = None, loading: Path | None = None) -> Iterator
         if run is not None:
             run.check()
         if isinstance(error, MemoryError) or any(words in str(error).lower() for words in NO_MEMORY):
-            raise ModelMemoryError(f"ONNX Runtime ran out of memory: {error}") from error
+            raise ModelMemoryError(f"ONNX Runtime ran out of memory; free some, or take a smaller precision. It said: {error}") from error
         if loading is not None:
             raise ModelFileError(f"ONNX Runtime cannot load {loading}: {error}") from error
         raise InferenceError(f"ONNX Runtime failed: {error}") from error

@@ -145,7 +145,7 @@ def resolve(model: str | Path | None = None, kinds: Sequence[str] = ("onnx", "gg
         if fitting:
             return fitting[0]
     held = ", ".join(sorted({each.kind for each in found}))
-    raise ModelNotFoundError(f"{place} holds a model of kind {held}, but {' or '.join(kinds)} is needed.")
+    raise ModelNotFoundError(f"{place} holds a model of kind {held}, but {' or '.join(kinds)} is needed. Choose another backend.")
 
 
 def locate(model: str | Path | None = None) -> Path:

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,6 +153,41 @@ def check(folder: Path, expected: Mapping[str, FileRecord], seen: Seen, progress
     for name, want in expected.items():
         if seen.sha256(folder / name, progress) != want.sha256:
             raise ModelFileError(f"{folder / name} is not what its manifest says (SHA-256 differs). Install the model again.")
+
+
+class Unchanged:
+    """Files that must not be written to while they are used, as weights that a runtime maps.
+
+    They are held open, so that files that are put in their places by a rename do not count. Raises `ModelFileError` for one that
+    cannot be opened.
+    """
+
+    def __init__(self, paths: Iterable[Path]) -> None:
+        self._held: list[tuple[Path, int, tuple[int, int]]] = []
+        weakref.finalize(self, _close, self._held)
+        for path in paths:
+            try:
+                handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+            except OSError as error:
+                raise ModelFileError(f"{path} cannot be opened: {error.strerror}.") from error
+            self._held.append((path, handle, _state(handle)))
+
+    def check(self) -> None:
+        """Raises `ModelFileError` when one was written to: what was computed since is worth nothing."""
+        for path, handle, state in self._held:
+            if _state(handle) != state:
+                raise ModelFileError(f"{path} was written to while it was in use, so nothing was judged. Load the model again; "
+                                     "put new files beside old ones and rename them.")
+
+
+def _state(handle: int) -> tuple[int, int]:
+    found = os.fstat(handle)
+    return found.st_size, found.st_mtime_ns
+
+
+def _close(held: list[tuple[Path, int, tuple[int, int]]]) -> None:
+    while held:
+        os.close(held.pop()[1])
 
 
 def write_text(path: Path, text: str) -> Path:

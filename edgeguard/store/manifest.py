@@ -89,7 +89,7 @@ class Manifest:
             if isinstance(error, ModelFileError):
                 raise
             reason = str(error) if isinstance(error, strict_json.DuplicateKeyError) else type(error).__name__
-            raise ModelFileError(f"{path} cannot be read as a manifest: {reason}.") from error
+            raise ModelFileError(f"{path} cannot be read as a manifest: {reason}. Install the model again.") from error
         try:
             return cls.from_dict(data)
         except ModelFileError as error:
