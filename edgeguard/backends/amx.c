@@ -23,7 +23,6 @@ asked for; elsewhere this file is empty.
 /* ---- weights: tiles of 64 rows and 16 columns, 1 KiB; a strip is all tiles of 16 columns, one behind the other ---- */
 
 enum { LANES = 16, DEPTH = 64, LINE = 64, TILE = LANES * LINE, SUMS = LANES * LANES, HUGE_PAGE = 2 << 20 };
-enum { DEEPEST = 1 << 16 }; /* so that no sum of 32 bits overflows */
 typedef struct { int64_t depth, columns, tiles /* of a strip */, strips; size_t bytes; int8_t *values; } Weights;
 
 /* Four rows of 16 columns, four bytes of a column side by side, as the processor wants a right factor. */
@@ -53,15 +52,10 @@ static void pack(Weights *w, const int8_t *from) {
         }
 }
 
-enum { ACTIVATIONS, WEIGHTS, STEP, SCALES, ZERO_POINT, INPUTS };
-
 static Status *create(const void *operator, const Function *unused, const void *info, void **out) {
     (void)operator, (void)unused;
-    Tensor given, point;
-    TRY(constant(info, WEIGHTS, &given));
-    TRY(constant(info, ZERO_POINT, &point));
-    if (given.rank != 2 || !given.count || given.sizes[0] > DEEPEST) return failed("edgeguard: weights of another shape");
-    if (point.count != 1 || *(const uint8_t *)point.data != 128) return failed("edgeguard: a zero point other than 128");
+    Tensor given;
+    TRY(weights_of_bytes(info, &given));
     Weights *w = malloc(sizeof *w);
     if (!w) return failed("edgeguard: out of memory");
     *w = (Weights){ given.sizes[0], given.sizes[1], parts(given.sizes[0], DEPTH), parts(given.sizes[1], LANES), 0, NULL };
@@ -240,12 +234,7 @@ static Status *compute(void *weights, void *context) {
 
 /* ---- the operator ---- */
 
-static const char *name(const void *operator) { return (void)operator, "MatMulIntegerToFloat"; }
-static int input_type(const void *operator, size_t i) {
-    return (void)operator, (const int[INPUTS]){ UINT8, INT8, FLOAT, FLOAT, UINT8 }[i];
-}
-static size_t inputs(const void *operator) { return (void)operator, INPUTS; }
-static const Operator product = OPERATOR(name, input_type, inputs, create, compute, destroy);
+static const Operator product = OPERATOR(name_of_bytes, input_type_of_bytes, inputs_of_bytes, create, compute, destroy);
 
 /* Called by ONNX Runtime for a session that the library is registered with; an error unless the system grants AMX. */
 Status *RegisterCustomOps(void *options, const Base *base) {

@@ -28,6 +28,16 @@ In both a token's result depends on no other token.
     } while (0)
 enum { ROWS = 6 }; /* tokens whose sums are in registers, each by its name */
 #define EACH(step) step(0) if (rows > 1) step(1) if (rows > 2) step(2) if (rows > 3) step(3) if (rows > 4) step(4) if (rows > 5) step(5)
+/* Calls the variant of a function for as many rows. */
+#define BY_ROWS(count, function, ...) \
+    switch (least(count, ROWS)) { \
+        case 1: function(__VA_ARGS__, 1); break; \
+        case 2: function(__VA_ARGS__, 2); break; \
+        case 3: function(__VA_ARGS__, 3); break; \
+        case 4: function(__VA_ARGS__, 4); break; \
+        case 5: function(__VA_ARGS__, 5); break; \
+        default: function(__VA_ARGS__, ROWS); \
+    }
 enum { LANES = 8, WIDE = 2 * LANES /* columns of a panel */, LINE = 64 };
 #define TINY 1e-30f /* smaller magnitudes are taken for 0 */
 AVX2 INLINE __m256i load(const void *from) { return _mm256_load_si256(from); }
@@ -196,14 +206,7 @@ AVX2 static void add_up_rows_4(const Product *p, int64_t token, int64_t block, i
     const int64_t at = token * (p->w.depth / BLOCK) + block * ROWS;
     const uint8_t *values = p->values + at * BLOCK;
     const float *steps = p->steps + at;
-    switch (least(p->tokens - token, ROWS)) {
-        case 1: add_up_4(values, steps, panel, deep, sums, 1); break;
-        case 2: add_up_4(values, steps, panel, deep, sums, 2); break;
-        case 3: add_up_4(values, steps, panel, deep, sums, 3); break;
-        case 4: add_up_4(values, steps, panel, deep, sums, 4); break;
-        case 5: add_up_4(values, steps, panel, deep, sums, 5); break;
-        default: add_up_4(values, steps, panel, deep, sums, ROWS);
-    }
+    BY_ROWS(p->tokens - token, add_up_4, values, steps, panel, deep, sums)
 }
 
 /* Asks for what the next panel is made of. */
@@ -242,7 +245,7 @@ static Status *pass_4(const void *context, Product *p) {
     return in_parallel(context, multiply_4, parts(p->w.columns, STRIPS_4 * WIDE), p);
 }
 
-enum { ACTIVATIONS, WEIGHTS, SCALES_4, INPUTS_4 };
+enum { SCALES_4 = WEIGHTS + 1, INPUTS_4 };
 
 static Status *create_4(const void *operator, const Function *unused, const void *info, void **out) {
     (void)operator, (void)unused;
@@ -277,7 +280,6 @@ static Status *compute_4(void *weights, void *context) {
 enum { PAIRS = 32 /* of a panel: 2 KiB */ };
 enum { STRIPS_8 = 32 /* panels side by side that a thread takes: some lines of each row, or looking up pages takes longer than reading */ };
 enum { LEAST_SHARES = 8 };
-enum { DEEPEST = 1 << 16 }; /* so that no sum of 32 bits overflows */
 
 /* Activations less their zero point (group of tokens, pair, token of the group, 2) of 16 bits; without a partner a 0. */
 AVX2 static void widen_group(void *product, size_t group) {
@@ -340,14 +342,7 @@ AVX2 INLINE void add_up_8(const uint8_t *values, int16_t (*panel)[WIDE][2], int6
 AVX2 static void add_up_rows_8(const Product *p, int64_t token, int64_t pair, int64_t deep, int16_t (*panel)[WIDE][2],
                                int32_t (*sums)[WIDE]) {
     const uint8_t *values = p->values + (token * parts(p->w.depth, 2) + pair * ROWS) * 4;
-    switch (least(p->tokens - token, ROWS)) { /* how many are kept in registers */
-        case 1: add_up_8(values, panel, deep, sums, 1); break;
-        case 2: add_up_8(values, panel, deep, sums, 2); break;
-        case 3: add_up_8(values, panel, deep, sums, 3); break;
-        case 4: add_up_8(values, panel, deep, sums, 4); break;
-        case 5: add_up_8(values, panel, deep, sums, 5); break;
-        default: add_up_8(values, panel, deep, sums, ROWS);
-    }
+    BY_ROWS(p->tokens - token, add_up_8, values, panel, deep, sums)
 }
 
 AVX2 static void scale_8(const Product *p, int64_t column, int32_t (*sums)[WIDE]) {
@@ -399,29 +394,24 @@ static Status *pass_8(const void *context, Product *p) {
     return in_parallel(context, multiply_8, parts(strips, p->strips), p);
 }
 
-enum { STEP = WEIGHTS + 1, SCALES_8, ZERO_POINT, INPUTS_8 };
-
 static Status *create_8(const void *operator, const Function *unused, const void *info, void **out) {
     (void)operator, (void)unused;
-    Tensor weights, scales, point;
-    TRY(constant(info, WEIGHTS, &weights));
-    TRY(constant(info, SCALES_8, &scales));
-    TRY(constant(info, ZERO_POINT, &point));
-    if (weights.rank != 2 || !weights.count || weights.sizes[0] > DEEPEST) return failed("edgeguard: weights of another shape");
+    Tensor weights, scales;
+    TRY(weights_of_bytes(info, &weights));
+    TRY(constant(info, SCALES, &scales));
     if ((int64_t)scales.count != weights.sizes[1]) return failed("edgeguard: scales of another shape");
-    if (point.count != 1 || *(const uint8_t *)point.data != 128) return failed("edgeguard: a zero point other than 128");
     *out = kept(weights.sizes[0], weights.sizes[1]);
     return *out ? NULL : failed("edgeguard: out of memory");
 }
 
 static Status *compute_8(void *weights, void *context) {
     Product p = { .w = *(const Weights *)weights };
-    Tensor input[INPUTS_8];
-    TRY(inputs_of(context, INPUTS_8, p.w.depth, input));
+    Tensor input[INPUTS];
+    TRY(inputs_of(context, INPUTS, p.w.depth, input));
     if (input[STEP].count != 1) return failed("edgeguard: scales of another shape");
     TRY(output_of(context, &input[ACTIVATIONS], p.w.columns, &p.out));
     p.activations = input[ACTIVATIONS].data, p.weights = input[WEIGHTS].data;
-    p.scales = input[SCALES_8].data, p.step = *(const float *)input[STEP].data;
+    p.scales = input[SCALES].data, p.step = *(const float *)input[STEP].data;
     p.tokens = (int64_t)input[ACTIVATIONS].count / p.w.depth;
     return in_passes(&p, p.w.depth, parts(p.w.depth, 2) * 4 + parts(p.w.columns, WIDE) * WIDE * 4, context, pass_8);
 }
@@ -429,16 +419,11 @@ static Status *compute_8(void *weights, void *context) {
 /* ---- the operators ---- */
 
 static const char *name_4(const void *operator) { return (void)operator, "MatMulNBits"; }
-static const char *name_8(const void *operator) { return (void)operator, "MatMulIntegerToFloat"; }
 static int input_type_4(const void *operator, size_t i) { return (void)operator, (const int[INPUTS_4]){ FLOAT, UINT8, FLOAT }[i]; }
-static int input_type_8(const void *operator, size_t i) {
-    return (void)operator, (const int[INPUTS_8]){ UINT8, INT8, FLOAT, FLOAT, UINT8 }[i];
-}
 static size_t inputs_4(const void *operator) { return (void)operator, INPUTS_4; }
-static size_t inputs_8(const void *operator) { return (void)operator, INPUTS_8; }
 static const Operator products[] = {
     OPERATOR(name_4, input_type_4, inputs_4, create_4, compute_4, free),
-    OPERATOR(name_8, input_type_8, inputs_8, create_8, compute_8, free),
+    OPERATOR(name_of_bytes, input_type_of_bytes, inputs_of_bytes, create_8, compute_8, free),
 };
 
 /* Called by ONNX Runtime for a session that the library is registered with. */

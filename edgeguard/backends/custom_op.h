@@ -113,6 +113,27 @@ static int most(const void *operator) { return (void)operator, INT32_MAX; }
       zero, zero, zero /* required, and in ordinary memory */, { one, one, one, one } /* not asked for */, create, compute, NULL, \
       one, most }
 
+/* ---- MatMulIntegerToFloat: bytes by weights of 8 bits (depth, columns), times a step and a scale for each column ---- */
+
+enum { ACTIVATIONS, WEIGHTS, STEP, SCALES, ZERO_POINT, INPUTS };
+enum { DEEPEST = 1 << 16 }; /* so that no sum of 32 bits overflows */
+
+static const char *name_of_bytes(const void *operator) { return (void)operator, "MatMulIntegerToFloat"; }
+static size_t inputs_of_bytes(const void *operator) { return (void)operator, INPUTS; }
+static int input_type_of_bytes(const void *operator, size_t i) {
+    return (void)operator, (const int[INPUTS]){ UINT8, INT8, FLOAT, FLOAT, UINT8 }[i];
+}
+
+/* The weights of a product whose activations have a zero point of 128. */
+static Status *weights_of_bytes(const void *info, Tensor *weights) {
+    Tensor point;
+    TRY(constant(info, WEIGHTS, weights));
+    TRY(constant(info, ZERO_POINT, &point));
+    if (weights->rank != 2 || !weights->count || weights->sizes[0] > DEEPEST) return failed("edgeguard: weights of another shape");
+    if (point.count != 1 || *(const uint8_t *)point.data != 128) return failed("edgeguard: a zero point other than 128");
+    return NULL;
+}
+
 /* For a session that a library is registered with. */
 static Status *add_operators(void *options, const Base *base, const Operator *operators, size_t count) {
     const Function *offered = base->api(API_VERSION);

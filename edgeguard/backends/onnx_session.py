@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -72,7 +72,7 @@ class Session:
             options.optimized_model_filepath = str(written)
         loading = loading or Run()
         before = huge_pages.regions()
-        self._files = Unchanged([model, *{model.parent / tensor.location: None for tensor in tensors}])
+        self._files = Unchanged({model, *(model.parent / tensor.location for tensor in tensors)})
         self.device, self._session = _stoppable(lambda: _granted(ort, model, chosen, options, loading), loading,
                                                 partial(options.set_load_cancellation_flag, True))
         if self.device == "cpu":
@@ -194,24 +194,22 @@ def _stoppable(call: Callable[[], T], run: Run, stop: Callable[[], object]) -> T
     Python sees Ctrl-C between its own steps only, so the call has a thread of its own, and this one looks at the cancel token.
     """
     outcome: Future[T] = Future()
-    done = threading.Event()  # a join that is interrupted takes the thread for ended (CPython up to 3.12)
 
     def work() -> None:
         try:
             outcome.set_result(call())
         except BaseException as error:
             outcome.set_exception(error)
-        done.set()
 
     threading.Thread(target=work, name=f"{threading.current_thread().name}-call", daemon=True).start()
     try:
-        while not done.wait(POLL):
+        while not wait([outcome], POLL).done:
             if run.stopped:
                 stop()
     finally:
-        if not done.is_set():  # after Ctrl-C
+        if not outcome.done():  # after Ctrl-C
             stop()
-            done.wait()
+            wait([outcome])
     return outcome.result()
 
 
