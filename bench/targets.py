@@ -139,8 +139,19 @@ def agreement(precision: str) -> Formula:
     return formula
 
 
-NBITS = either(median("ladder/L2/onnx-int4-runtime/23/safe"), median("ladder/L2/onnx-int4/23/safe"), "")
+def by_runtime(one: Formula) -> Formula:
+    """A value unless a kernel of edgeguard's own had a part in it."""
+    def formula(cells: Cells) -> Found:
+        found = one(cells)
+        mine = [id_ for id_ in found.cells if str(cells[id_].facts.get("kernel", "")).startswith("edgeguard")]
+        return Found(None, note=f"{mine[0]} ran on a kernel of edgeguard's own") if mine else found
+
+    return formula
+
+
+NBITS = either(median("ladder/L2/onnx-int4-runtime/23/safe"), by_runtime(median("ladder/L2/onnx-int4/23/safe")), "")
 """ONNX Runtime's own kernel of 4 bits, also where edgeguard's is used instead."""
+
 
 TARGETS = (
     Target("8B, safe verdict: llama-cpp-python q4_k_m, first call, over edgeguard's best CPU path", EIGHT, 10, False,

@@ -330,6 +330,22 @@ def rated(wanted: Mapping[str, float | None]) -> list[Cell]:
             for id_, value in wanted.items()]
 
 
+def test_4_bits_of_the_runtime_are_never_edgeguards_own() -> None:
+    """A ratio to MatMulNBits says so only of the runtime's kernel, and a pass is held to the products of its own precision."""
+    def genai(cells: list[Cell]) -> Any:
+        return next(row["got"] for row in targets.judge(cells, "8B") if "genai" in row["what"])
+
+    best, int4 = cell("ladder/L3/onnx/23/safe", 2.0), cell("ladder/L2/onnx-int4/23/safe", 3.0)
+    mine = replace(int4, facts={"kernel": "edgeguard avx2"})
+    assert genai([best, int4]) == 1.5 and genai([best, mine]) is None
+    assert genai([best, mine, cell("ladder/L2/onnx-int4-runtime/23/safe", 6.0)]) == 3
+    shares = {"share_of_int8_ceiling": 0.5, "share_of_int4_ceiling": 0.25}
+    for precision, wanted in (("int4", 4), ("int8", 2)):
+        given = replace(best, facts={"precision": precision}, extra=shares)
+        got = {row["what"]: row["got"] for row in targets.judge([given], "8B")}
+        assert got["8B, 77-token pass: measured GEMM ceiling over edgeguard's achieved rate"] == wanted
+
+
 def test_targets_by_hand() -> None:
     given = rated({
         "ladder/L0/gguf-q4_k_m/23/first": 24, "ladder/L0/gguf-q4_k_m/23/safe": 9, "ladder/L2/gguf-q4_k_m/23/safe": 8,

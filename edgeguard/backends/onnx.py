@@ -86,8 +86,9 @@ class OnnxBackend:
         if packed or self._later:
             session = packed or self._load(entries=UNPACKED)
             fallbacks = session.fallbacks
+            self._may_own = self._may_own and is_guard_graph(session)  # or an export would be packed twice
         else:
-            session, fallbacks = self._loaded(own=self._may_own)
+            session, fallbacks = self._loaded()
         self.info = BackendInfo(
             name="onnx", runtime=session.runtime, device=session.device, precision=manifest.precision, threads=session.threads,
             context=shape.context, head_ids=head_ids, kernel=f"{session.kernel.name}{', packed weights mapped' if packed else ''}",
@@ -157,17 +158,17 @@ class OnnxBackend:
             if available_memory() < self._artifact.size * PACKED:
                 return
             check_files(self._artifact)  # again: it may be long since they were loaded
-            session, fallbacks = self._loaded(own=self._may_own, asked=True)
+            session, fallbacks = self._loaded(asked=True)
             self._state = self._using(session)
             self.info = replace(self.info, kernel=session.kernel.name, fallbacks=fallbacks)
 
-    def _loaded(self, *, own: bool, asked: bool = False) -> tuple[Session, tuple[str, ...]]:
-        """A session, with a kernel of our `own` if one takes this graph and, if `asked`, answers; and what was wanted in vain."""
-        session = self._by_own(asked=asked) if own else None
+    def _loaded(self, *, asked: bool = False) -> tuple[Session, tuple[str, ...]]:
+        """A session, with a kernel of our own if one takes this graph and, if `asked`, answers; and what was wanted in vain."""
+        session = self._by_own(asked=asked) if self._may_own else None
         if session is not None:
             return session, session.fallbacks
         session = self._load(loading=self._loading)
-        return session, (*session.fallbacks, *([OWN_FAILED] if own else []))
+        return session, (*session.fallbacks, *([OWN_FAILED] if self._may_own else []))
 
     def _by_own(self, *, asked: bool) -> Session | None:
         """None when a kernel of our own does not take the graph. Other graphs than ours may hold products that need the runtime's ways."""
