@@ -163,7 +163,7 @@ def _model(onnx: Any, whole: Any, piece: Piece, values: Values) -> bytes:  # noq
     # the runtime finds out the types of outputs
     outputs = [own.get(name) or onnx.ValueInfoProto(name=name) for name in piece.outputs]
     graph = helper.make_graph(piece.nodes, "piece", inputs, outputs, [tensor for tensor in whole.graph.initializer if tensor.name in read])
-    model = helper.make_model(graph, opset_imports=whole.opset_import, ir_version=whole.ir_version)
+    model = helper.make_model(graph, functions=whole.functions, opset_imports=whole.opset_import, ir_version=whole.ir_version)
     return bytes(model.SerializeToString())
 
 

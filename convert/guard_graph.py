@@ -6,6 +6,7 @@ positions from 0 (a query attends to the keys up to its own position); `rows` (R
 (R,). float32: `past_key_{i}` and `past_value_{i}` (P, kv_heads, head_dim) for each layer i; P may be 0.
 Outputs, float32: `logits` (R, len(head_ids)); `new_key_{i}` (after RoPE) and `new_value_{i}` (T, kv_heads, head_dim).
 
+What lies between the products are functions (`functions`), which a runtime may have kernels for.
 Everything but the linear layers is computed in float32. In the last layer queries, attention and MLP are computed for the
 asked rows only. Linear layers: fp32 and fp16 by Gemm; 8 bits by MatMulIntegerToFloat, activations quantised token by token,
 so that a token's result does not depend on its neighbours in the pass, some in parts or in two terms (`PARTS`, `FINE`);
@@ -26,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeguard.backends.reference import inverse_frequencies
+from edgeguard.convert import functions
 from edgeguard.convert.onnx_writer import GraphWriter
 from edgeguard.convert.pieces import chosen, pieces, quantised
 from edgeguard.convert.quantize import BLOCK, Importance, Int8Rows, QuantisedTensor, int4_blocks, int8_rows
@@ -41,14 +43,10 @@ Hook = Callable[[str], QuantisedTensor | None]
 MODEL, DATA = "model.onnx", "model.onnx.data"
 FLOATS: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.float16}
 DOWN = "mlp.down_proj.weight"
-PARTS = 4
-"""Parts of what a down projection reads in 8 bits, each with its own largest: outliers, others for each token, coarsen one part only."""
 FINE = ("self_attn.", DOWN)
 """In the names of linear layers that read in two terms of 8 bits near the input, where rounding moved the built-in model's scores most."""
 NEAR = 4
 """The first layers, one in so many, rounded up, are near the input: 5 of 18, 8 of 32."""
-STEP, ZERO = np.float32(1 / 127), np.uint8(128)  # of the largest, and the byte that stands for 0
-FINER = np.float32(1 / 254)  # a step of the second term over one of the first, whose rounding leaves half a step up or down
 
 INPUTS: dict[str, list[int | str]] = {
     "ids": ["T"], "positions": ["T"], "queries": ["G", "Q"], "places": ["T"], "keys": ["G", "S"], "rows": ["R"], "lanes": ["R"],
@@ -81,7 +79,7 @@ def build(weights: Weights, out_folder: Path, *, precision: Precision, head_ids:
     with an `identity` (source, settings, builder) a build that was killed is taken up again, see `convert.journal`.
     Raises `ConversionError` for weights that are not finite.
     """
-    layout = {"parts": PARTS, "fine": FINE, "near": NEAR}  # decides which tables there are, and what they are called
+    layout = {"parts": functions.PARTS, "fine": FINE, "near": NEAR}  # decides which tables there are, and what they are called
     graph = GraphWriter(out_folder, MODEL, DATA, None if identity is None else {**identity, **layout})
     builder = _Builder(weights, graph, precision, quantised or _nothing, importance or _nothing, threads or default_threads(), progress)
     return builder.build(np.asarray(head_ids, np.int64))
@@ -103,7 +101,6 @@ class _Builder:
         self.zeros: dict[tuple[str, int], str] = {}
         self.sizes = expected(self.shape)
         self.done, self.total = 0, self.shape.parameters + (math.prod(self.sizes[EMBEDDING]) if self.shape.tied else 0)
-        self.group = self.shape.heads // self.shape.kv_heads
 
     def build(self, head_ids: NDArray[np.int64]) -> dict[str, int]:
         shape, graph = self.shape, self.graph
@@ -149,44 +146,30 @@ class _Builder:
         columns = graph.node("Range", [graph.constant(0), columns, graph.constant(1)])
         seen = graph.node("LessOrEqual", [columns, graph.node("Unsqueeze", [positions, graph.constant([2])])])
         mask = graph.node("Where", [seen, graph.constant(np.float32(0)), graph.constant(np.float32(-np.inf))])
-        return graph.node("Tile", [mask, graph.constant([1, self.group, 1])])
+        return graph.node("Tile", [mask, graph.constant([1, self.shape.heads // self.shape.kv_heads, 1])])
 
     def attention(self, layer: int, normed: str, every: Lanes, asked: Lanes) -> str:
-        """Grouped-query attention of the asked tokens; the queries of one key head are stacked, so that no key is repeated."""
+        """Attention of the asked tokens."""
         graph, shape = self.graph, self.shape
         prefix = f"model.layers.{layer}.self_attn."
         asking = graph.node("Gather", [normed, asked.rows]) if asked.rows else normed
-        query, key, value = (self.linear(read, f"{prefix}{name}_proj.weight")
-                             for name, read in (("q", asking), ("k", normed), ("v", normed)))
-        query, key = self.rotated(query, shape.heads, asked.turns), self.rotated(key, shape.kv_heads, every.turns)
-        query = graph.node("Reshape", [query, graph.constant([0, shape.kv_heads, self.group, shape.head_dim])])
-        query = graph.node("Transpose", [graph.node("Gather", [query, asked.queries])], perm=[2, 0, 3, 1, 4])
-        query = graph.node("Reshape", [query, graph.constant([shape.kv_heads, 0, -1, shape.head_dim])])
-        key, value = self.joined(f"key_{layer}", key, asked.keys), self.joined(f"value_{layer}", value, asked.keys)
-        scores = graph.node("FusedMatMul", [query, key], domain="com.microsoft", transB=1, alpha=float(shape.head_dim**-0.5))
-        shares = graph.node("Softmax", [graph.node("Add", [scores, asked.mask])], axis=-1)
-        seen = graph.node("MatMul", [shares, value])
-        seen = graph.node("Reshape", [seen, graph.constant([shape.kv_heads, 0, self.group, -1, shape.head_dim])])
-        seen = graph.node("Transpose", [seen], perm=[1, 3, 0, 2, 4])
-        seen = graph.node("Reshape", [seen, graph.constant([-1, shape.heads * shape.head_dim])])
-        return self.linear(graph.node("Gather", [seen, asked.places]), f"{prefix}o_proj.weight")
+        reads = {"q": asking, "k": normed, "v": normed}
+        products, steps = self.products([(read, f"{prefix}{name}_proj.weight") for name, read in reads.items()])
+        for name in ("key", "value"):
+            graph.input(f"past_{name}_{layer}", np.float32, ["P", shape.kv_heads, shape.head_dim])
+            graph.output(f"new_{name}_{layer}", np.float32, ["T", shape.kv_heads, shape.head_dim])
+        inputs = [*products, f"past_key_{layer}", f"past_value_{layer}", *asked.turns, *every.turns,
+                  asked.queries, asked.places, asked.keys, asked.mask, *steps[:2]]
+        attends = functions.attention(shape, in_steps=bool(steps))
+        seen = graph.call(attends, inputs, [graph.fresh("seen"), f"new_key_{layer}", f"new_value_{layer}"])[0]
+        return self.linear(seen, f"{prefix}o_proj.weight")
 
     def mlp(self, layer: int, normed: str) -> str:
         """SwiGLU."""
         prefix = f"model.layers.{layer}.mlp."
-        gate, up = self.linear(normed, f"{prefix}gate_proj.weight"), self.linear(normed, f"{prefix}up_proj.weight")
-        gate = self.graph.node("QuickGelu", [gate], domain="com.microsoft", alpha=1.0)  # x * sigmoid(x)
-        return self.linear(self.graph.node("Mul", [gate, up]), f"{prefix}down_proj.weight")
-
-    def joined(self, name: str, new: str, keys: str) -> str:
-        """Past keys or values and the new ones, which are outputs too, gathered for each lane: (kv_heads, G, S, head_dim)."""
-        graph, shape = self.graph, self.shape
-        graph.input(f"past_{name}", np.float32, ["P", shape.kv_heads, shape.head_dim])
-        graph.output(f"new_{name}", np.float32, ["T", shape.kv_heads, shape.head_dim])
-        new = graph.node("Reshape", [new, graph.constant([0, shape.kv_heads, shape.head_dim])], [f"new_{name}"])
-        line = graph.node("Concat", [f"past_{name}", new], axis=0)
-        line = graph.node("Transpose", [line], perm=[1, 0, 2])  # before the gather, which repeats what lanes share
-        return graph.node("Gather", [line, keys], axis=1)
+        products, steps = self.products([(normed, f"{prefix}{name}_proj.weight") for name in ("gate", "up")])
+        (inner,) = self.graph.call(functions.GATE_IN_STEPS if steps else functions.GATE, [*products, *steps[:1]])
+        return self.linear(inner, f"{prefix}down_proj.weight")
 
     def turns(self, positions: str) -> list[str]:
         """RoPE's places in its table, and the table: cosines and sines of these positions only, whatever the context."""
@@ -198,13 +181,6 @@ class _Builder:
         count = graph.node("Squeeze", [graph.node("Shape", [positions])])
         places = graph.node("Range", [graph.constant(0), count, graph.constant(1)])
         return [graph.node("Unsqueeze", [places, first]), graph.node("Cos", [angles]), graph.node("Sin", [angles])]
-
-    def rotated(self, value: str, heads: int, turns: list[str]) -> str:
-        """RoPE over (T, heads * head_dim)."""
-        graph = self.graph
-        batch = graph.node("Unsqueeze", [value, graph.constant([0])])
-        turned = graph.node("RotaryEmbedding", [batch, *turns], domain="com.microsoft", num_heads=heads)
-        return graph.node("Squeeze", [turned, graph.constant([0])])
 
     def add_and_norm(self, residual: str, change: str, name: str) -> tuple[str, str]:
         """RMSNorm of the sum, and the sum."""
@@ -247,12 +223,28 @@ class _Builder:
         return self.graph.tensor(HEAD, np.float32, [len(kept), self.shape.hidden], _finite(HEAD, rows))
 
     def linear(self, value: str, name: str) -> str:
-        """A linear layer by its own product: splitting a product of several layers cost more than it saved."""
+        """A linear layer."""
+        product, steps = self.product(value, name)
+        return self.graph.node("Mul", [product, steps]) if steps else product
+
+    def products(self, layers: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
+        """Linear layers that are read together, and what of the rows of each is still to be multiplied by, unless that is done."""
+        found = [self.product(*layer) for layer in layers]
+        steps = [each for _, each in found if each]
+        if len(steps) == len(layers):
+            return [product for product, _ in found], steps
+        return [self.graph.node("Mul", [product, each]) if each else product for product, each in found], []
+
+    def product(self, value: str, name: str) -> tuple[str, str | None]:
+        """A linear layer by its own product, and what of its rows is still to be multiplied by.
+
+        Splitting a product of several layers cost more than it saved.
+        """
         if self.precision in FLOATS:
-            return self.float_linear(value, name)
+            return self.float_linear(value, name), None
         tensor = self.quantised(name, int8_rows if self.precision == "int8" else int4_blocks)
         word = self.graph.finished(f"{name}.scale") if tensor is None else "int8" if isinstance(tensor, Int8Rows) else "int4"
-        product = self.int8_linear(value, name, tensor) if word == "int8" else self.int4_linear(value, name, tensor)
+        product = self.int8_linear(value, name, tensor) if word == "int8" else (self.int4_linear(value, name, tensor), None)
         self.counted(name, word or "")
         return product
 
@@ -268,62 +260,27 @@ class _Builder:
                            transB=1)
         return graph.node("Cast", [value], to=1) if half else value
 
-    def int8_linear(self, value: str, name: str, tensor: QuantisedTensor | None) -> str:
-        """The product of activations in 8 bits, or the sum of several, each times the step of its activations."""
+    def int8_linear(self, value: str, name: str, tensor: QuantisedTensor | None) -> tuple[str, str | None]:
+        """The product of activations in 8 bits and the step of these, or the sum of several, each times its step."""
         graph, width = self.graph, self.sizes[name][1]
         fine = reads_finely(name, self.shape.layers)
-        parts = PARTS if not fine and name.endswith(DOWN) and width % PARTS == 0 else 1
+        parts = functions.PARTS if not fine and name.endswith(DOWN) and width % functions.PARTS == 0 else 1
         terms, steps = self.read(value, name, parts, fine=fine)
         tables = [self.int8_table(name, tensor, slice(start, start + width // parts)) for start in range(0, width, width // parts)]
         scales = graph.tensor(f"{name}.scale", np.float32, self.sizes[name][:1], [tensor.scales] if tensor else (), "int8")
         products = [self.int8_product(term, table, scales) for term, table in zip(terms, tables, strict=True)]
-        if not fine and parts == 1:
-            return graph.node("Mul", [*products, steps])
-        product = products[0] if fine else graph.node("Concat", products, axis=1)
-        summed = graph.node("FusedMatMul", [steps, product], domain="com.microsoft", transA=1)
-        return graph.node("Squeeze", [summed, graph.constant([1])])
+        if fine:
+            return graph.call(functions.COMBINE_FINELY, [steps, *products])[0], None
+        return (graph.call(functions.COMBINE_PARTS, [steps, *products])[0], None) if parts > 1 else (products[0], steps)
 
     def read(self, value: str, name: str, parts: int, *, fine: bool) -> tuple[list[str], str]:
-        """What a layer reads in 8 bits, and the size of a step of it; layers that read alike share them.
-
-        Plainly (T, width) and (T, 1); in parts a list of (T, 1, width / parts) and (T, parts, 1); finely (T, 2, width) and (T, 2, 1).
-        """
+        """What a layer reads in 8 bits, and the size of a step of it; layers that read alike share them."""
         if (value, parts, fine) not in self.readings:
-            width, zeros = self.sizes[name][1], self.zeros_of(self.counted_by(name), parts)
-            read = self.read_finely(value, width, zeros) if fine else self.read_coarsely(value, width, parts, zeros)
-            self.readings[value, parts, fine] = read
+            plainly = functions.quantise_parts(self.sizes[name][1]) if parts > 1 else functions.QUANTISE
+            quantise = functions.QUANTISE_FINELY if fine else plainly
+            *terms, steps = self.graph.call(quantise, [value, self.zeros_of(self.counted_by(name), parts)])
+            self.readings[value, parts, fine] = terms, steps
         return self.readings[value, parts, fine]
-
-    def read_coarsely(self, value: str, width: int, parts: int, zeros: str) -> tuple[list[str], str]:
-        """In steps of a 127th of the largest."""
-        graph = self.graph
-        rows = graph.node("Reshape", [value, graph.constant([-1, width // parts])]) if parts > 1 else value
-        steps = self.steps(rows)
-        whole = graph.node("QuantizeLinear", [rows, steps, zeros], axis=0)
-        if parts == 1:
-            return [whole], graph.node("Reshape", [steps, graph.constant([-1, 1])])
-        whole = graph.node("Reshape", [whole, graph.constant([-1, parts, width // parts])])
-        split = [graph.fresh("part") for _ in range(parts)]
-        graph.node("Split", [whole], split, axis=1, num_outputs=parts)
-        return split, graph.node("Reshape", [steps, graph.constant([-1, parts, 1])])
-
-    def read_finely(self, value: str, width: int, zeros: str) -> tuple[list[str], str]:
-        """As a sum of two terms, the second one what the first one's rounding leaves."""
-        graph = self.graph
-        steps = self.steps(value)
-        coarse = graph.node("QuantizeLinear", [value, steps, zeros], axis=0)
-        left = graph.node("Sub", [value, graph.node("DequantizeLinear", [coarse, steps, zeros], axis=0)])
-        rest = graph.node("QuantizeLinear", [left, graph.node("Mul", [steps, graph.constant(FINER)]), zeros], axis=0)
-        terms = graph.node("Reshape", [graph.node("Concat", [coarse, rest], axis=1), graph.constant([-1, 2, width])])
-        steps = graph.node("Reshape", [steps, graph.constant([-1, 1, 1])])
-        return [terms], graph.node("Mul", [steps, graph.constant(np.array([[1], [FINER]], np.float32))])
-
-    def steps(self, rows: str) -> str:
-        """A step of 8 bits for each row, a 127th of its largest magnitude. Two reductions are faster than writing all magnitudes."""
-        graph, within = self.graph, self.graph.constant([-1])
-        most, least = (graph.node(reduction, [rows, within], keepdims=0) for reduction in ("ReduceMax", "ReduceMin"))
-        largest = graph.node("Max", [most, graph.node("Neg", [least]), graph.constant(np.float32(1e-30))])
-        return graph.node("Mul", [largest, graph.constant(STEP)])
 
     def counted_by(self, name: str) -> str:
         """The graph's input with an entry for each token that a layer reads: of the last one, only keys and values are made for all."""
@@ -335,7 +292,7 @@ class _Builder:
         graph = self.graph
         if (tokens, parts) not in self.zeros:
             count = graph.node("Mul", [graph.node("Shape", [tokens]), graph.constant([parts])])
-            self.zeros[tokens, parts] = graph.node("Expand", [graph.constant(ZERO), count])
+            self.zeros[tokens, parts] = graph.node("Expand", [graph.constant(functions.ZERO), count])
         return self.zeros[tokens, parts]
 
     def int8_table(self, name: str, tensor: QuantisedTensor | None, columns: slice) -> str:
@@ -346,7 +303,7 @@ class _Builder:
 
     def int8_product(self, term: str, table: str, scales: str) -> str:
         """Of bytes, times the layer's scales; the step of the activations is still to be multiplied."""
-        factors = [term, table, self.graph.constant(np.float32(1)), scales, self.graph.constant(ZERO)]
+        factors = [term, table, self.graph.constant(np.float32(1)), scales, self.graph.constant(functions.ZERO)]
         return self.graph.node("MatMulIntegerToFloat", factors, domain="com.microsoft")
 
     def int4_linear(self, value: str, name: str, tensor: QuantisedTensor | None) -> str:

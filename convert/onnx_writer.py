@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
+from edgeguard.backends.onnx_protobuf import OWN_DOMAIN
 from edgeguard.convert.journal import GrowingFile
 from edgeguard.errors import RuntimeMissingError
 
@@ -19,7 +21,57 @@ IR_VERSION = 10
 PAGE, LINE = 4096, 64  # bytes at which large and small tensors begin, so that runtimes can map them
 
 
-class GraphWriter:
+class Nodes:
+    """Nodes in their order, and names for what they compute."""
+
+    def __init__(self) -> None:
+        try:
+            import onnx
+        except ImportError as error:
+            raise RuntimeMissingError("The package onnx", "convert") from error
+        self._onnx = onnx
+        self._nodes: list[Any] = []
+        self._constants: dict[tuple[Any, ...], str] = {}
+        self._count = 0
+
+    def fresh(self, stem: str) -> str:
+        """A name that no value has yet."""
+        self._count += 1
+        return f"{stem}_{self._count}"
+
+    def node(self, operator: str, inputs: Sequence[str], outputs: Sequence[str] | None = None, *, domain: str = "",
+             **attributes: object) -> str:
+        """Add a node; returns its first output, named afresh unless given."""
+        outputs = outputs or [self.fresh(operator)]
+        name = f"{operator}/{outputs[0]}"
+        self._nodes.append(self._onnx.helper.make_node(operator, inputs, outputs, name=name, domain=domain, **attributes))
+        return outputs[0]
+
+    def constant(self, value: ArrayLike) -> str:
+        """A small array or number (whole numbers are int64); equal ones are stored once."""
+        array = np.asarray(value)
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._constants:
+            name = self._constants[key] = self.fresh("constant")
+            self._keep(self._onnx.numpy_helper.from_array(array, name))
+        return self._constants[key]
+
+    def _keep(self, tensor: Any) -> None:  # noqa: ANN401  onnx has no types
+        """In a function a constant is a node."""
+        self.node("Constant", [], [tensor.name], value=tensor)
+
+
+@dataclass(frozen=True)
+class Function:
+    """An operator of our own that is made of others. A runtime takes it apart unless it has a kernel of this name."""
+
+    name: str
+    inputs: tuple[str, ...]
+    body: Callable[..., Sequence[str]]
+    """Adds nodes to `Nodes`, given the names of the inputs; returns the names of the results."""
+
+
+class GraphWriter(Nodes):
     """A context: nothing bears its final name before it is left without an error.
 
     With an `identity` (what the tensors depend on) a writing that was killed is taken up again: tensors that are `finished` are
@@ -27,18 +79,13 @@ class GraphWriter:
     """
 
     def __init__(self, folder: Path, model: str, data: str, identity: Mapping[str, Any] | None = None) -> None:
-        try:
-            import onnx
-        except ImportError as error:
-            raise RuntimeMissingError("The package onnx", "convert") from error
-        self._onnx, self._model, self._data = onnx, folder / model, data
+        super().__init__()
+        self._model, self._data = folder / model, data
         self._file = GrowingFile(folder / data, identity)
-        self._nodes: list[Any] = []
+        self._functions: dict[str, Any] = {}
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
         self._tensors: dict[str, Any] = {}
-        self._constants: dict[tuple[Any, ...], str] = {}
-        self._count = 0
 
     def __enter__(self) -> GraphWriter:
         self._file.__enter__()
@@ -55,22 +102,23 @@ class GraphWriter:
     def _serialised(self) -> bytes:
         helper = self._onnx.helper
         graph = helper.make_graph(self._nodes, "guard", self._inputs, self._outputs, list(self._tensors.values()))
-        opsets = [helper.make_opsetid(domain, version) for domain, version in OPSETS.items()]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION, producer_name="edgeguard")
+        model = helper.make_model(graph, functions=list(self._functions.values()), opset_imports=self._opsets({**OPSETS, OWN_DOMAIN: 1}),
+                                  ir_version=IR_VERSION, producer_name="edgeguard")
         return bytes(model.SerializeToString())
 
-    def fresh(self, stem: str) -> str:
-        """A name that no value has yet."""
-        self._count += 1
-        return f"{stem}_{self._count}"
+    def _opsets(self, versions: Mapping[str, int]) -> list[Any]:
+        return [self._onnx.helper.make_opsetid(domain, version) for domain, version in versions.items()]
 
-    def node(self, operator: str, inputs: Sequence[str], outputs: Sequence[str] | None = None, *, domain: str = "",
-             **attributes: object) -> str:
-        """Add a node; returns its first output, named afresh unless given."""
-        outputs = outputs or [self.fresh(operator)]
-        name = f"{operator}/{outputs[0]}"
-        self._nodes.append(self._onnx.helper.make_node(operator, inputs, outputs, name=name, domain=domain, **attributes))
-        return outputs[0]
+    def call(self, function: Function, inputs: Sequence[str], outputs: Sequence[str] | None = None) -> list[str]:
+        """Add a node of a function; returns its outputs, named afresh unless given."""
+        if function.name not in self._functions:
+            body = Nodes()
+            results = list(function.body(body, *function.inputs))
+            self._functions[function.name] = self._onnx.helper.make_function(
+                OWN_DOMAIN, function.name, function.inputs, results, body._nodes, self._opsets(OPSETS))  # noqa: SLF001
+        outputs = outputs or [self.fresh(function.name) for _ in self._functions[function.name].output]
+        self.node(function.name, inputs, outputs, domain=OWN_DOMAIN)
+        return list(outputs)
 
     def input(self, name: str, kind: DTypeLike, sizes: Sequence[int | str]) -> None:
         """Declare an input of the graph."""
@@ -86,14 +134,8 @@ class GraphWriter:
     def _type(self, kind: DTypeLike) -> int:
         return int(self._onnx.helper.np_dtype_to_tensor_dtype(np.dtype(kind)))
 
-    def constant(self, value: ArrayLike) -> str:
-        """A small array or number inside the graph (whole numbers are int64); equal ones are stored once."""
-        array = np.asarray(value)
-        key = (array.dtype.str, array.shape, array.tobytes())
-        if key not in self._constants:
-            name = self._constants[key] = self.fresh("constant")
-            self._tensors[name] = self._onnx.numpy_helper.from_array(array, name)
-        return self._constants[key]
+    def _keep(self, tensor: Any) -> None:  # noqa: ANN401
+        self._tensors[tensor.name] = tensor
 
     def finished(self, name: str) -> str | None:
         """The word that a tensor was written with (see `tensor`), None for one that is still to be written."""

@@ -40,7 +40,7 @@ def answer(backend: OnnxBackend) -> FloatArray:
 
 def test_it_answers_as_the_runtimes_kernel_does(artifact: Artifact) -> None:
     mine, runtimes = OnnxBackend(artifact, device="cpu"), OnnxBackend(artifact, device="cpu", own=False)
-    assert mine.info.kernel == "edgeguard avx2" and not mine.info.fallbacks and runtimes.info.kernel != mine.info.kernel
+    assert mine.info.kernel.startswith("edgeguard avx2") and not mine.info.fallbacks and runtimes.info.kernel != mine.info.kernel
     if artifact.manifest.precision == "int8":
         assert np.array_equal(answer(mine), answer(runtimes)), "whole numbers, scaled in the same order"
     else:

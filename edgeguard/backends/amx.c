@@ -18,7 +18,7 @@ asked for; elsewhere this file is empty.
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "custom_op.h"
+#include "product.h"
 
 /* ---- weights: tiles of 64 rows and 16 columns, 1 KiB; a strip is all tiles of 16 columns, one behind the other ---- */
 
@@ -234,7 +234,7 @@ static Status *compute(void *weights, void *context) {
 
 /* ---- the operator ---- */
 
-static const Operator product = OPERATOR(name_of_bytes, input_type_of_bytes, inputs_of_bytes, create, compute, destroy);
+static const Described product = BYTES(create, compute, destroy);
 
 /* Called by ONNX Runtime for a session that the library is registered with; an error unless the system grants AMX. */
 Status *RegisterCustomOps(void *options, const Base *base) {
@@ -243,7 +243,7 @@ Status *RegisterCustomOps(void *options, const Base *base) {
         api = base->api(1);
         return failed("edgeguard: the system does not grant AMX");
     }
-    return add_operators(options, base, &product, 1);
+    return add_operators(options, base, DOMAIN, &product, 1);
 }
 
 #endif

@@ -15,7 +15,7 @@ In both a token's result depends on no other token.
 #include <stdlib.h>
 #include <string.h>
 
-#include "custom_op.h"
+#include "product.h"
 
 #define AVX2 __attribute__((target("avx2,fma")))
 #define INLINE static inline __attribute__((always_inline))
@@ -418,15 +418,12 @@ static Status *compute_8(void *weights, void *context) {
 
 /* ---- the operators ---- */
 
-static const char *name_4(const void *operator) { return (void)operator, "MatMulNBits"; }
-static int input_type_4(const void *operator, size_t i) { return (void)operator, (const int[INPUTS_4]){ FLOAT, UINT8, FLOAT }[i]; }
-static size_t inputs_4(const void *operator) { return (void)operator, INPUTS_4; }
-static const Operator products[] = {
-    OPERATOR(name_4, input_type_4, inputs_4, create_4, compute_4, free),
-    OPERATOR(name_of_bytes, input_type_of_bytes, inputs_of_bytes, create_8, compute_8, free),
+static const Described products[] = {
+    { OPERATOR(create_4, compute_4, free), "MatMulNBits", INPUTS_4, 1, { FLOAT, UINT8, FLOAT }, { FLOAT } },
+    BYTES(create_8, compute_8, free),
 };
 
 /* Called by ONNX Runtime for a session that the library is registered with. */
-Status *RegisterCustomOps(void *options, const Base *base) { return add_operators(options, base, products, 2); }
+Status *RegisterCustomOps(void *options, const Base *base) { return add_operators(options, base, DOMAIN, products, 2); }
 
 #endif

@@ -3,7 +3,7 @@
 #include <stdint.h>
 
 enum { API_VERSION = 17 };
-enum { FLOAT = 1, UINT8 = 2, INT8 = 3 }; /* ONNXTensorElementDataType */
+enum { FLOAT = 1, UINT8 = 2, INT8 = 3, INT64 = 7 }; /* ONNXTensorElementDataType */
 enum { FAIL = 1 };                       /* OrtErrorCode */
 enum { /* places in OrtApi, which functions keep for ever */
     CREATE_STATUS = 0,
@@ -45,33 +45,17 @@ static Status *tensor(const void *value, Tensor *out) {
     return status ? status : CALL(DATA, Status *, (const void *, void **), value, &out->data);
 }
 
-/* An input that is known at load. */
-static Status *constant(const void *info, size_t place, Tensor *out) {
-    int found = 0;
-    const void *value = NULL;
-    TRY(CALL(CONSTANT_INPUT, Status *, (const void *, size_t, int *, const void **), info, place, &found, &value));
-    return found ? tensor(value, out) : failed("edgeguard: weights, scales or a zero point that are not constant");
+static Status *input_of(const void *context, size_t place, Tensor *out) {
+    const void *value;
+    TRY(CALL(INPUT, Status *, (const void *, size_t, const void **), context, place, &value));
+    return tensor(value, out);
 }
 
-/* The inputs of a product; the first one's rows are activations of a width of `depth`. */
-static Status *inputs_of(const void *context, size_t count, int64_t depth, Tensor *out) {
-    for (size_t i = 0; i < count; i++) {
-        const void *value;
-        TRY(CALL(INPUT, Status *, (const void *, size_t, const void **), context, i, &value));
-        TRY(tensor(value, &out[i]));
-    }
-    const int fits = out->rank && out->sizes[out->rank - 1] == depth;
-    return fits ? NULL : failed("edgeguard: activations of another width than the weights");
-}
-
-/* Room for the result: the sizes of `given` with `columns` as the last one. */
-static Status *output_of(void *context, const Tensor *given, int64_t columns, float **out) {
-    int64_t sizes[MOST_SIZES];
+/* Room for a result. */
+static Status *output(void *context, size_t place, const int64_t *sizes, size_t rank, void **out) {
     void *value;
-    for (size_t i = 0; i < given->rank; i++) sizes[i] = given->sizes[i];
-    sizes[given->rank - 1] = columns;
-    TRY(CALL(OUTPUT, Status *, (void *, size_t, const int64_t *, size_t, void **), context, 0, sizes, given->rank, &value));
-    return CALL(DATA, Status *, (const void *, void **), value, (void **)out);
+    TRY(CALL(OUTPUT, Status *, (void *, size_t, const int64_t *, size_t, void **), context, place, sizes, rank, &value));
+    return CALL(DATA, Status *, (const void *, void **), value, out);
 }
 
 /* Calls `work(what, 0)` to `work(what, count - 1)` on the session's threads. */
@@ -83,7 +67,7 @@ static Status *in_parallel(const void *context, void (*work)(void *, size_t), in
 static int64_t parts(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* ---- operators of the domain com.microsoft with one result, of float32, on the CPU ---- */
+/* ---- operators on the CPU ---- */
 
 typedef struct { /* OrtCustomOp */
     uint32_t version;
@@ -102,45 +86,35 @@ typedef struct { /* OrtCustomOp */
     int (*first_version)(const void *), (*last_version)(const void *);
 } Operator;
 
+enum { MOST_INPUTS = 17, MOST_OUTPUTS = 5 };
+typedef struct {
+    Operator operator;
+    const char *name;
+    size_t inputs, outputs;
+    int input_types[MOST_INPUTS], output_types[MOST_OUTPUTS];
+} Described;
+
+static const char *name_of(const void *operator) { return ((const Described *)operator)->name; }
 static const char *no_provider(const void *operator) { return (void)operator, NULL; /* the CPU */ }
-static int gives_float(const void *operator, size_t i) { return (void)operator, (void)i, FLOAT; }
-static size_t one_output(const void *operator) { return (void)operator, 1; }
+static size_t inputs_of_it(const void *operator) { return ((const Described *)operator)->inputs; }
+static size_t outputs_of_it(const void *operator) { return ((const Described *)operator)->outputs; }
+static int input_type(const void *operator, size_t i) { return ((const Described *)operator)->input_types[i]; }
+static int output_type(const void *operator, size_t i) { return ((const Described *)operator)->output_types[i]; }
 static int zero(const void *operator, size_t i) { return (void)operator, (void)i, 0; }
 static int one(const void *operator) { return (void)operator, 1; }
 static int most(const void *operator) { return (void)operator, INT32_MAX; }
-#define OPERATOR(name, input_type, inputs, create, compute, destroy) \
-    { API_VERSION, NULL, name, no_provider, input_type, inputs, gives_float, one_output, NULL, destroy, \
+#define OPERATOR(create, compute, destroy) \
+    { API_VERSION, NULL, name_of, no_provider, input_type, inputs_of_it, output_type, outputs_of_it, NULL, destroy, \
       zero, zero, zero /* required, and in ordinary memory */, { one, one, one, one } /* not asked for */, create, compute, NULL, \
       one, most }
 
-/* ---- MatMulIntegerToFloat: bytes by weights of 8 bits (depth, columns), times a step and a scale for each column ---- */
-
-enum { ACTIVATIONS, WEIGHTS, STEP, SCALES, ZERO_POINT, INPUTS };
-enum { DEEPEST = 1 << 16 }; /* so that no sum of 32 bits overflows */
-
-static const char *name_of_bytes(const void *operator) { return (void)operator, "MatMulIntegerToFloat"; }
-static size_t inputs_of_bytes(const void *operator) { return (void)operator, INPUTS; }
-static int input_type_of_bytes(const void *operator, size_t i) {
-    return (void)operator, (const int[INPUTS]){ UINT8, INT8, FLOAT, FLOAT, UINT8 }[i];
-}
-
-/* The weights of a product whose activations have a zero point of 128. */
-static Status *weights_of_bytes(const void *info, Tensor *weights) {
-    Tensor point;
-    TRY(constant(info, WEIGHTS, weights));
-    TRY(constant(info, ZERO_POINT, &point));
-    if (weights->rank != 2 || !weights->count || weights->sizes[0] > DEEPEST) return failed("edgeguard: weights of another shape");
-    if (point.count != 1 || *(const uint8_t *)point.data != 128) return failed("edgeguard: a zero point other than 128");
-    return NULL;
-}
-
 /* For a session that a library is registered with. */
-static Status *add_operators(void *options, const Base *base, const Operator *operators, size_t count) {
+static Status *add_operators(void *options, const Base *base, const char *name, const Described *operators, size_t count) {
     const Function *offered = base->api(API_VERSION);
     void *domain; /* never freed: sessions use it, and nothing tells when the last one ends */
     api = offered ? offered : base->api(1);
     if (!offered) return failed("edgeguard: an ONNX Runtime that is too old");
-    TRY(CALL(CREATE_DOMAIN, Status *, (const char *, void **), "com.microsoft", &domain));
-    for (size_t i = 0; i < count; i++) TRY(CALL(ADD_OPERATOR, Status *, (void *, const void *), domain, &operators[i]));
+    TRY(CALL(CREATE_DOMAIN, Status *, (const char *, void **), name, &domain));
+    for (size_t i = 0; i < count; i++) TRY(CALL(ADD_OPERATOR, Status *, (void *, const void *), domain, &operators[i].operator));
     return CALL(ADD_DOMAIN, Status *, (void *, void *), options, domain);
 }

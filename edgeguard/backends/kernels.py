@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
+from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -42,7 +44,9 @@ class Kernel:
     fallbacks: tuple[str, ...] = ()
     """Better ones, by the processor's record, that were tried in vain."""
     library: Path | None = None
-    """Of operators that take the place of the runtime's."""
+    """Of products that take the place of the runtime's."""
+    fused: Path | None = None
+    """Of what lies between products (`fused`)."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,8 @@ OWN: Mapping[str, Own] = {
                     "it multiplies weights as they lie in the file"),
 }
 """By the runtime's."""
+FUSED = "edgeguard.backends._fused"
+"""Holds the library of what lies between products."""
 NOT_BUILT = "edgeguard's own kernel was not built, for want of a C compiler (GCC 11, Clang 12 or later) when edgeguard was installed"
 UNKNOWN = Kernel("generic", {}, "the processor is unknown")
 FLOAT = Kernel("float", {}, "no product is quantised")
@@ -124,6 +130,13 @@ def tried(cpu: Cpu, precision: str, multiply: Multiply, *, own: bool = False) ->
     if not first.entries and is_exact(multiply, careful):
         return careful
     raise InferenceError("The 8-bit kernels of this CPU saturate and give wrong sums; take an fp32 artifact or a GGUF.")
+
+
+@cache
+def libraries() -> str:
+    """A mark of the operator libraries that were built when edgeguard was installed: other ones may add up in another order."""
+    specs = [find_spec(module) for module in (*(own.module for own in OWN.values()), FUSED)]
+    return sha256(b"".join(Path(spec.origin).read_bytes() for spec in specs if spec and spec.origin)).hexdigest()[:16]
 
 
 def own_kernel(cpu: Cpu, precision: str) -> Kernel | None:

@@ -1,4 +1,4 @@
-"""The little of ONNX's file format that loading needs, without the package `onnx`: where tensors are, and two tiny models.
+"""The little of ONNX's file format that loading needs, without the package `onnx`: where tensors are, and tiny models.
 
 Field numbers: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto; wire format: https://protobuf.dev/programming-guides/encoding.
 """
@@ -6,16 +6,17 @@ Field numbers: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto; wire form
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edgeguard.errors import ModelFileError
 
+T = TypeVar("T")
 Buffer: TypeAlias = memoryview
 
 # for each message, the fields through which tensors are reached, and the messages that they hold
@@ -29,6 +30,8 @@ REACHES: Mapping[str, Mapping[int, str]] = {
 }
 FIXED = {1: 8, 5: 4}  # bytes of the wire types with a fixed length
 FLOAT = 1  # TensorProto.DataType
+OWN_DOMAIN = "edgeguard"
+"""Of operators that guard graphs hold as functions."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,20 @@ class ExternalTensor:
 
 def external_tensors(model: Path) -> list[ExternalTensor]:
     """Every tensor of a model with external data, of subgraphs and functions too; raises `ModelFileError`."""
+    return _read(model, lambda view: list(_external(view, "model")))
+
+
+def domains(model: Path) -> set[str]:
+    """Of the operators that a model may hold; raises `ModelFileError`."""
+    return _read(model, lambda view: {
+        str(text, "utf-8") for number, opset in _fields(view) if number == 8 and isinstance(opset, memoryview)
+        for key, text in _fields(opset) if key == 1 and isinstance(text, memoryview)})
+
+
+def _read(model: Path, read: Callable[[Buffer], T]) -> T:
     try:
         with model.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
-            return list(_external(view, "model"))
+            return read(view)
     except FileNotFoundError:
         raise ModelFileError(f"{model} is missing.") from None
     except (OSError, ValueError, IndexError, KeyError, RecursionError, BufferError) as error:
@@ -72,37 +86,57 @@ def check_external(model: Path) -> list[ExternalTensor]:
     return tensors
 
 
+@dataclass(frozen=True)
+class Node:
+    """Of a tiny model."""
+
+    operator: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    domain: str = OWN_DOMAIN
+    numbers: Mapping[str, int] = field(default_factory=dict)
+    """Attributes."""
+
+
 def int8_product(weights: NDArray[np.int8], scales: NDArray[np.float32]) -> bytes:
     """A model of one MatMulIntegerToFloat by constant weights (K, N), scales (N,): `a` uint8 (M, K), less 128, to `y`."""
     one, middle = np.ones((), np.float32), np.full((), 128, np.uint8)
     tensors: dict[str, NDArray[Any]] = {"b": weights, "one": one, "scales": scales, "middle": middle}
-    return _model("MatMulIntegerToFloat", ("a", "b", "one", "scales", "middle"), {}, tensors, np.dtype(np.uint8))
+    return _model([Node("MatMulIntegerToFloat", ("a", *tensors), ("y",), "com.microsoft")], tensors, {"a": np.dtype(np.uint8)})
 
 
 def int4_product(weights: NDArray[np.uint8], scales: NDArray[np.float32], block: int) -> bytes:
     """A model of one MatMulNBits by constant weights 0 to 15 (N, K), scales (N, K / block): `a` float32 (M, K) to `y`."""
     out, width = weights.shape
     packed = (weights[:, ::2] | weights[:, 1::2] << 4).reshape(out, width // block, block // 2)
-    tensors: dict[str, NDArray[Any]] = {"b": packed, "scales": scales}
     numbers = {"K": width, "N": out, "bits": 4, "block_size": block, "accuracy_level": 4}
-    return _model("MatMulNBits", ("a", "b", "scales"), numbers, tensors, np.dtype(np.float32))
+    return _model([Node("MatMulNBits", ("a", "b", "scales"), ("y",), "com.microsoft", numbers)], {"b": packed, "scales": scales},
+                  {"a": np.dtype(np.float32)})
 
 
-def _model(operator: str, inputs: Sequence[str], numbers: Mapping[str, int], tensors: Mapping[str, NDArray[Any]],
-           kind: np.dtype[Any]) -> bytes:
-    """One node of the domain com.microsoft, from `a` of this type to `y`."""
-    attributes = [_field(5, _field(1, name) + _field(3, number) + _field(20, 2)) for name, number in numbers.items()]
-    node = b"".join([*(_field(1, name) for name in inputs), _field(2, "y"), _field(4, operator), *attributes,
-                     _field(7, "com.microsoft")])
-    graph = b"".join(
-        [_field(1, node), _field(2, "trial"), *(_field(5, _tensor(name, values)) for name, values in tensors.items()),
-         _field(11, _value("a", kind)), _field(12, _value("y", np.dtype(np.float32)))]
-    )
-    opsets = [_field(8, _field(1, domain) + _field(2, version)) for domain, version in (("", 21), ("com.microsoft", 1))]
-    return b"".join([_field(1, 10), _field(7, graph), *opsets])
+def operators(nodes: Sequence[Node], given: Mapping[str, NDArray[Any]]) -> bytes:
+    """A model of some nodes, whose inputs are of the types of `given`; all that they compute is a result."""
+    return _model(nodes, {}, {name: values.dtype for name, values in given.items()})
 
 
-_TYPES = {np.dtype(np.float32): FLOAT, np.dtype(np.uint8): 2, np.dtype(np.int8): 3}
+def _model(nodes: Sequence[Node], tensors: Mapping[str, NDArray[Any]], inputs: Mapping[str, np.dtype[Any]]) -> bytes:
+    graph = b"".join([
+        *(_field(1, _node(node)) for node in nodes), _field(2, "trial"),
+        *(_field(5, _tensor(name, values)) for name, values in tensors.items()),
+        *(_field(11, _value(name, kind)) for name, kind in inputs.items()),
+        *(_field(12, _field(1, name)) for node in nodes for name in node.outputs),  # the runtime finds out their types
+    ])
+    versions = {"": 21, **{node.domain: 1 for node in nodes}}
+    return b"".join([_field(1, 10), _field(7, graph), *(_field(8, _field(1, name) + _field(2, each)) for name, each in versions.items())])
+
+
+def _node(node: Node) -> bytes:
+    attributes = [_field(5, _field(1, name) + _field(3, number) + _field(20, 2)) for name, number in node.numbers.items()]
+    named = [*(_field(1, name) for name in node.inputs), *(_field(2, name) for name in node.outputs)]
+    return b"".join([*named, _field(4, node.operator), *attributes, _field(7, node.domain)])
+
+
+_TYPES = {np.dtype(np.float32): FLOAT, np.dtype(np.uint8): 2, np.dtype(np.int8): 3, np.dtype(np.int64): 7}
 
 
 def _tensor(name: str, values: NDArray[Any]) -> bytes:
@@ -111,8 +145,8 @@ def _tensor(name: str, values: NDArray[Any]) -> bytes:
 
 
 def _value(name: str, kind: np.dtype[Any]) -> bytes:
-    shape = b"".join(_field(1, _field(2, size)) for size in ("M", "K" if name == "a" else "N"))
-    return _field(1, name) + _field(2, _field(1, _field(1, _TYPES[kind]) + _field(2, shape)))
+    """Of any sizes."""
+    return _field(1, name) + _field(2, _field(1, _field(1, _TYPES[kind])))
 
 
 def _field(number: int, value: int | str | bytes) -> bytes:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,11 +14,11 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeguard.backends import huge_pages
+from edgeguard.backends import fused, huge_pages
 from edgeguard.backends.base import Run
 from edgeguard.backends.kernels import FLOAT as FLOAT_KERNEL
-from edgeguard.backends.kernels import QUANTISED, Kernel, tried
-from edgeguard.backends.onnx_protobuf import FLOAT, ExternalTensor, check_external
+from edgeguard.backends.kernels import QUANTISED, Kernel, libraries, tried
+from edgeguard.backends.onnx_protobuf import FLOAT, OWN_DOMAIN, ExternalTensor, check_external, domains
 from edgeguard.errors import DeviceError, EdgeGuardError, InferenceError, ModelFileError, ModelMemoryError, RuntimeMissingError
 from edgeguard.machine import cpu, default_threads, no_telemetry, runtime_conflict, runtimes
 from edgeguard.store.files import Unchanged
@@ -62,23 +63,25 @@ class Session:
         self.threads = threads or default_threads()
         self._run_options = ort.RunOptions
         chosen = _devices(device, precision, ort.get_available_providers())
-        multiply = partial(_multiplied, entries or {})
-        self.kernel = tried(cpu(), precision, multiply, own=own and chosen == ["cpu"]) if "cpu" in chosen else FLOAT_KERNEL
-        """Of the CPU."""
-        options = _options(ort, self.threads, self.kernel, entries or {})
-        if optimised:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        if written:
-            options.optimized_model_filepath = str(written)
+        self.kernel = _kernel(model, precision, entries or {}, own=own) if "cpu" in chosen else FLOAT_KERNEL
+        """Of the CPU; the one for floats on other devices."""
         loading = loading or Run()
+        options = {each: _options(ort, self.threads, self.kernel if each == "cpu" else FLOAT_KERNEL, entries or {}) for each in chosen}
+        for each in options.values():
+            if optimised:
+                each.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            if written:
+                each.optimized_model_filepath = str(written)
         before = huge_pages.regions()
         self._files = Unchanged({model, *(model.parent / tensor.location for tensor in tensors)})
-        self.device, self._session = _stoppable(lambda: _granted(ort, model, chosen, options, loading), loading,
-                                                partial(options.set_load_cancellation_flag, True))
+        self.device, self._session = _stoppable(lambda: _granted(ort, model, options, loading), loading,
+                                                lambda: [each.set_load_cancellation_flag(True) for each in options.values()])
         if self.device == "cpu":
             huge_pages.gather(before)
+        else:
+            self.kernel = FLOAT_KERNEL
         lost = [f"the {self.device}: {each} was not granted" for each in chosen[: chosen.index(self.device)]]
-        self.fallbacks = (*lost, *(self.kernel.fallbacks if self.device == "cpu" else ()))
+        self.fallbacks = (*lost, *self.kernel.fallbacks)
         """What was wanted first and was not to be had."""
         self.types: dict[str, str] = {each.name: each.type for each in self._session.get_inputs()}
         """Names of the inputs and their types, as `tensor(float)`."""
@@ -100,9 +103,9 @@ class Session:
 
 
 def build() -> str:
-    """ONNX Runtime's version and how it was built."""
+    """ONNX Runtime's version and how it was built, and which operator libraries of our own there are."""
     ort = _onnxruntime()
-    return f"onnxruntime {ort.__version__}; {ort.get_build_info()}"
+    return f"onnxruntime {ort.__version__}; {ort.get_build_info()}; operators {libraries()}"
 
 
 def _onnxruntime() -> Any:  # noqa: ANN401  a module without types
@@ -132,15 +135,16 @@ def _devices(device: str, precision: str, available: Sequence[str]) -> list[str]
     return [device]
 
 
-def _granted(ort: Any, model: Path, devices: Sequence[str], options: Any, run: Run) -> tuple[str, Any]:  # noqa: ANN401
+def _granted(ort: Any, model: Path, options: Mapping[str, Any], run: Run) -> tuple[str, Any]:  # noqa: ANN401
     """The first device that is granted, and the session on it; raises `DeviceError` when the last one is not."""
+    devices = list(options)
     for device in devices:
         if device == "cuda" and hasattr(ort, "preload_dlls"):
             ort.preload_dlls()
         providers = list(dict.fromkeys([PROVIDERS[device], PROVIDERS["cpu"]]))
         try:
             with _translated(run, loading=model):
-                session = ort.InferenceSession(str(model), options, providers=providers)
+                session = ort.InferenceSession(str(model), options[device], providers=providers)
         except (ModelFileError, ModelMemoryError):
             if device == devices[-1]:
                 raise
@@ -160,8 +164,8 @@ def _options(ort: Any, threads: int, kernel: Kernel, entries: Mapping[str, str])
     spinning = {"session.intra_op.allow_spinning": "1", "session.force_spinning_stop": "1"}
     for key, value in {**spinning, **kernel.entries, **entries}.items():
         options.add_session_config_entry(key, value)
-    if kernel.library is not None:
-        options.register_custom_ops_library(str(kernel.library))
+    for library in filter(None, (kernel.library, kernel.fused)):
+        options.register_custom_ops_library(str(library))
     return options
 
 
@@ -180,12 +184,27 @@ def _check_finite(model: Path, tensors: Sequence[ExternalTensor]) -> None:
             raise ModelFileError(f"{tensor.name} in {model.parent / tensor.location} is damaged: not all its numbers are finite.")
 
 
-def _multiplied(entries: Mapping[str, str], model: bytes, kernel: Kernel, activations: NDArray[Any]) -> NDArray[np.float32]:
+def _kernel(model: Path, precision: str, entries: Mapping[str, str], *, own: bool) -> Kernel:
+    """What is right for this model on this CPU."""
+    found = tried(cpu(), precision, partial(_multiplied, entries), own=own)
+    if OWN_DOMAIN not in domains(model):
+        return found
+    library, lost = fused.tried(cpu(), partial(_computed, entries))
+    name = f"{found.name}, fused" if library else found.name
+    return replace(found, name=name, fused=library, fallbacks=(*found.fallbacks, *lost))
+
+
+def _multiplied(entries: Mapping[str, str], trial: bytes, kernel: Kernel, activations: NDArray[Any]) -> NDArray[np.float32]:
+    return _computed(entries, trial, kernel, {"a": activations})["y"]
+
+
+def _computed(entries: Mapping[str, str], trial: bytes, kernel: Kernel, given: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Runs the tiny models that kernels are tried with, in the configuration that the session will have."""
     ort = _onnxruntime()
     with _translated():
-        session = ort.InferenceSession(model, _options(ort, TRIAL_THREADS, kernel, entries), providers=[PROVIDERS["cpu"]])
-        return np.asarray(session.run(None, {"a": activations})[0])
+        session = ort.InferenceSession(trial, _options(ort, TRIAL_THREADS, kernel, entries), providers=[PROVIDERS["cpu"]])
+        names = [each.name for each in session.get_outputs()]
+        return dict(zip(names, session.run(names, dict(given)), strict=True))
 
 
 def _stoppable(call: Callable[[], T], run: Run, stop: Callable[[], object]) -> T:

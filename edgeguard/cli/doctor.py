@@ -42,7 +42,7 @@ def doctor(
 
 def diagnose(model: str | None = None, *, probe: bool) -> dict[str, Any]:
     """Everything as plain values, the choice for a model, by default the built-in one; `problems` keep edgeguard from working."""
-    from edgeguard.backends.kernels import told
+    from edgeguard.backends import fused, kernels
 
     cpu, installed = machine.cpu(), machine.runtimes()
     conflict = machine.runtime_conflict(installed)
@@ -60,7 +60,7 @@ def diagnose(model: str | None = None, *, probe: bool) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu": {**asdict(cpu), "flags": sorted(cpu.flags), "int8": cpu.int8},
-        "kernels": {use: {"name": each.name, "reason": each.reason} for use, each in told(cpu).items()},
+        "kernels": {use: {"name": each.name, "reason": each.reason} for use, each in {**kernels.told(cpu), **fused.told(cpu)}.items()},
         "threads": asdict(machine.threads()),
         "memory": {"available": machine.available_memory(), "total": int(psutil.virtual_memory().total)},
         "runtimes": [{**asdict(runtime), "install": runtime.install} for runtime in installed],

@@ -1,0 +1,359 @@
+/* What lies between the products of a guard graph, on x86 processors with AVX2 and FMA: an operator library for ONNX Runtime.
+
+Guard graphs hold these operators as functions (convert/functions.py), in a domain of edgeguard's own. ONNX Runtime takes a function
+apart into its nodes, unless there is a kernel of its name: with this library each is one pass over memory instead of up to thirty.
+Quantise, QuantiseParts and QuantiseFine give the bits that their functions give; the others add up in another order.
+In all of them a token's result depends on no other token of the pass.
+*/
+#if defined(__x86_64__)
+
+#include <immintrin.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "custom_op.h"
+
+#define MAGIC 12582912.0f /* 1.5 * 2^23: what is added to it is rounded to a whole number, in its lowest bits */
+#define TINY 1e-30f       /* smaller magnitudes are taken for it */
+#define STEP (float)(1.0 / 127)
+#define FINER (float)(1.0 / 254)
+enum { PARTS = 4, TERMS = 2 /* of a row in parts, of one read finely */ };
+
+/* ---- attention ---- */
+
+enum { QUERY, KEY, VALUE, PAST_KEYS, PAST_VALUES, ASKED_AT, ASKED_COSINES, ASKED_SINES, AT, COSINES, SINES, QUERIES, PLACES, KEYS_SEEN, MASK,
+       QUERY_STEPS, STEPS, ATTENTION_INPUTS };
+enum { KEYS = 32 /* read at a time */, ROWS = 3 /* queries whose sums are in registers */, FEW = 8 /* for which keys are not copied together */,
+       MOST_ROWS = 96, MOST_SCORES = 3 << 17 /* of a stretch */ };
+
+typedef struct {
+    Tensor in[ATTENTION_INPUTS];
+    int64_t heads, key_heads, group, width, padded /* of a head */, tokens, asked, past, lanes, depth, columns;
+    float *turned; /* queries (asked, heads, padded), after RoPE, scaled */
+    float *new_keys, *new_values, *out;
+    struct Stretch *stretches;
+    int failed;
+} Attention;
+
+typedef struct Stretch { /* tokens of one lane that a thread takes together */
+    int64_t lane, first, count, seen; /* keys up to the last one that is seen by any of them */
+} Stretch;
+
+typedef struct { /* of one stretch and key head */
+    const float **queries, *at[KEYS];
+    int64_t *seen, stride;
+    float *scores, *out, *sums, *together;
+} Room;
+
+static const int64_t *whole(const Attention *a, int input) { return a->in[input].data; }
+
+/* Points `at` to some keys or values of a lane, to the last of them again up to a multiple of four; gives how many there are. */
+static int64_t find(const Attention *a, const Stretch *of, int64_t head, int64_t first, int past, Room *room) {
+    const int64_t count = least(of->seen - first, KEYS), *rows = whole(a, KEYS_SEEN) + of->lane * a->columns + first;
+    const float *old = a->in[past].data, *new = past == PAST_KEYS ? a->new_keys : a->new_values;
+    for (int64_t i = 0; i < count; i++) {
+        const float *row = rows[i] < a->past ? old + rows[i] * a->key_heads * a->width : new + (rows[i] - a->past) * a->key_heads * a->width;
+        room->at[i] = row + head * a->width;
+        if (of->count * a->group <= FEW && a->width == a->padded) continue;
+        float *copy = room->together + i * a->padded; /* elsewhere rows lie so far apart that they fall on the same lines of a cache */
+        memcpy(copy, room->at[i], (size_t)a->width * sizeof *copy);
+        memset(copy + a->width, 0, (size_t)(a->padded - a->width) * sizeof *copy);
+        room->at[i] = copy;
+    }
+    for (int64_t i = count; i < parts(count, 4) * 4; i++) room->at[i] = room->at[count - 1];
+    return count;
+}
+
+/* ---- the loops, for two widths of vectors ---- */
+
+typedef struct {
+    float (*quantise)(const float *x, int64_t count, uint8_t *out);
+    void (*quantise_rest)(const float *x, int64_t count, float step, const uint8_t *coarse, uint8_t *out);
+    void (*combine)(const float *const *products, const float *steps, int64_t terms, int64_t count, float *out);
+    void (*gate)(const float *x, const float *up, float step, int64_t count, float *out);
+    void (*turn)(const float *x, const float *cosines, const float *sines, int64_t half, float scale, float *out);
+    void (*attend)(const Attention *a, const Stretch *of, int64_t head, Room *room);
+} Loops;
+
+/* Calls the variant of a function for as many rows. */
+#define BY_ROWS(count, function, ...) \
+    switch (least(count, ROWS)) { \
+        case 1: function(__VA_ARGS__, 1); break; \
+        case 2: function(__VA_ARGS__, 2); break; \
+        default: function(__VA_ARGS__, ROWS); \
+    }
+#define WIDE 8
+#include "fused_loops.h"
+#define WIDE 16
+#include "fused_loops.h"
+static const Loops *loops = &loops_8; /* the widest that the processor has */
+
+/* ---- operators that work row by row ---- */
+
+enum { ALONE = 1 << 14 }; /* numbers that one thread is done with before another one is awake */
+
+/* Calls `work(what, 0)` to `work(what, rows - 1)`, on several threads where that pays. */
+static Status *for_rows(const void *context, void (*work)(void *, size_t), int64_t rows, int64_t width, void *what) {
+    if (rows * width >= ALONE) return in_parallel(context, work, rows, what);
+    for (int64_t row = 0; row < rows; row++) work(what, (size_t)row);
+    return NULL;
+}
+
+typedef struct { const float *x; uint8_t *out[PARTS]; float *steps; int64_t width, parts; } Quantised;
+
+static void quantise_row(void *what, size_t row) {
+    const Quantised *q = what;
+    const int64_t width = q->width / q->parts;
+    for (int64_t part = 0; part < q->parts; part++)
+        q->steps[(int64_t)row * q->parts + part] =
+            loops->quantise(q->x + (int64_t)row * q->width + part * width, width, q->out[part] + (int64_t)row * width);
+}
+
+static void quantise_row_finely(void *what, size_t row) {
+    const Quantised *q = what;
+    const float *x = q->x + (int64_t)row * q->width;
+    uint8_t *out = q->out[0] + (int64_t)row * TERMS * q->width;
+    float *steps = q->steps + row * TERMS;
+    steps[0] = loops->quantise(x, q->width, out);
+    steps[1] = steps[0] * FINER;
+    loops->quantise_rest(x, q->width, steps[0], out, out + q->width);
+}
+
+/* Rows (T, width) to bytes (T, width) and steps (T, 1); in parts to as many of (T, 1, width / parts) and steps (T, parts, 1); finely
+   to (T, 2, width) and (T, 2, 1). */
+static Status *quantise(void *context, int64_t parts_of, int64_t terms) {
+    Tensor x;
+    TRY(input_of(context, 0, &x));
+    if (x.rank != 2 || x.sizes[1] % parts_of) return failed("edgeguard: rows of another shape");
+    const int64_t tokens = x.sizes[0], middle = parts_of * terms, deep = middle > 1;
+    Quantised q = { .x = x.data, .width = x.sizes[1], .parts = parts_of };
+    const int64_t sizes[] = { tokens, terms, q.width / parts_of }, flat[] = { tokens, q.width };
+    for (int64_t part = 0; part < parts_of; part++)
+        TRY(output(context, (size_t)part, deep ? sizes : flat, deep ? 3 : 2, (void **)&q.out[part]));
+    TRY(output(context, (size_t)parts_of, (const int64_t[]){ tokens, deep ? middle : 1, 1 }, deep ? 3 : 2, (void **)&q.steps));
+    return for_rows(context, terms > 1 ? quantise_row_finely : quantise_row, tokens, q.width, &q);
+}
+
+static Status *quantise_plainly(void *operator, void *context) { return (void)operator, quantise(context, 1, 1); }
+static Status *quantise_parts(void *operator, void *context) { return (void)operator, quantise(context, PARTS, 1); }
+static Status *quantise_finely(void *operator, void *context) { return (void)operator, quantise(context, 1, TERMS); }
+
+typedef struct { const float *products[PARTS], *steps; float *out; int64_t terms, width, stride; } Combined;
+
+static void combine_row(void *what, size_t row) {
+    const Combined *c = what;
+    const float *products[PARTS];
+    for (int64_t term = 0; term < c->terms; term++) products[term] = c->products[term] + (int64_t)row * c->stride;
+    loops->combine(products, c->steps + (int64_t)row * c->terms, c->terms, c->width, c->out + (int64_t)row * c->width);
+}
+
+/* The sum (T, width) of products, each times its step (T, terms, 1): in parts as many of (T, 1, width), finely one of (T, 2, width). */
+static Status *combine(void *context, int64_t inputs, int64_t terms) {
+    Tensor steps, product;
+    TRY(input_of(context, 0, &steps));
+    Combined c = { .steps = steps.data, .terms = terms };
+    for (int64_t i = 0; i < inputs; i++) {
+        TRY(input_of(context, (size_t)i + 1, &product));
+        const int fits = product.rank == 3 && product.sizes[1] * inputs == terms && (!i || product.sizes[2] == c.width);
+        if (!fits || (int64_t)steps.count != product.sizes[0] * terms) return failed("edgeguard: products of another shape");
+        c.products[i] = product.data, c.width = product.sizes[2], c.stride = product.sizes[1] * c.width;
+    }
+    for (int64_t term = inputs; term < terms; term++) c.products[term] = c.products[0] + term * c.width;
+    TRY(output(context, 0, (const int64_t[]){ product.sizes[0], c.width }, 2, (void **)&c.out));
+    return for_rows(context, combine_row, product.sizes[0], c.width * terms, &c);
+}
+
+static Status *combine_parts(void *operator, void *context) { return (void)operator, combine(context, PARTS, PARTS); }
+static Status *combine_finely(void *operator, void *context) { return (void)operator, combine(context, 1, TERMS); }
+
+typedef struct { const float *x, *up, *steps; float *out; int64_t width; } Gated;
+
+static void gate_row(void *what, size_t row) {
+    const Gated *g = what;
+    const int64_t at = (int64_t)row * g->width;
+    loops->gate(g->x + at, g->up + at, g->steps ? g->steps[row] : 1, g->width, g->out + at);
+}
+
+static Status *gate(void *operator, void *context) {
+    const int in_steps = inputs_of_it(operator) > 2;
+    Tensor x, up, steps = { .data = NULL };
+    TRY(input_of(context, 0, &x));
+    TRY(input_of(context, 1, &up));
+    if (in_steps) TRY(input_of(context, 2, &steps));
+    const int fits = x.rank == 2 && up.rank == 2 && x.count == up.count && x.sizes[1] == up.sizes[1];
+    if (!fits || (in_steps && (int64_t)steps.count != x.sizes[0])) return failed("edgeguard: rows of another shape");
+    Gated g = { .x = x.data, .up = up.data, .steps = steps.data, .width = x.sizes[1] };
+    TRY(output(context, 0, x.sizes, 2, (void **)&g.out));
+    return for_rows(context, gate_row, x.sizes[0], 8 * g.width, &g);
+}
+
+/* ---- attention ---- */
+
+/* What a token's queries, or its keys and values, are still to be multiplied by. */
+static float step_of(const Attention *a, int input, size_t token) {
+    return a->in[input].data ? ((const float *)a->in[input].data)[token] : 1;
+}
+
+/* A token's query heads, or its key heads and values. */
+static void turn_query(void *what, size_t token) {
+    const Attention *a = what;
+    const int64_t half = a->width / 2, place = whole(a, ASKED_AT)[token] * half;
+    const float *cosines = (const float *)a->in[ASKED_COSINES].data + place, *sines = (const float *)a->in[ASKED_SINES].data + place;
+    const float scale = step_of(a, QUERY_STEPS, token) / sqrtf((float)a->width);
+    for (int64_t head = (int64_t)token * a->heads; head < ((int64_t)token + 1) * a->heads; head++) {
+        float *out = a->turned + head * a->padded;
+        loops->turn((const float *)a->in[QUERY].data + head * a->width, cosines, sines, half, scale, out);
+        memset(out + a->width, 0, (size_t)(a->padded - a->width) * sizeof *out);
+    }
+}
+
+static void turn_key(void *what, size_t token) {
+    const Attention *a = what;
+    const int64_t half = a->width / 2, place = whole(a, AT)[token] * half, first = (int64_t)token * a->key_heads * a->width;
+    const float *cosines = (const float *)a->in[COSINES].data + place, *sines = (const float *)a->in[SINES].data + place;
+    const float *values = (const float *)a->in[VALUE].data + first, step = step_of(a, STEPS, token);
+    for (int64_t at = first; at < first + a->key_heads * a->width; at += a->width)
+        loops->turn((const float *)a->in[KEY].data + at, cosines, sines, half, step, a->new_keys + at);
+    loops->combine(&values, &step, 1, a->key_heads * a->width, a->new_values + first);
+}
+
+/* The keys that a token sees: those up to the last one with a mask of 0. */
+static int64_t seen_by(const Attention *a, int64_t token) {
+    const int64_t place = whole(a, PLACES)[token], lane = place / a->depth;
+    const float *mask = (const float *)a->in[MASK].data + (lane * a->group * a->depth + place % a->depth) * a->columns;
+    int64_t seen = a->columns;
+    while (seen && mask[seen - 1] != 0) seen--;
+    return seen;
+}
+
+/* Cuts the tokens into stretches; gives their number. */
+static int64_t cut(Attention *a) {
+    enum { SHARES = 16 };
+    const int64_t rows = least(MOST_ROWS, MOST_SCORES / a->columns) / a->group, even = parts(a->asked * a->key_heads, SHARES);
+    const int64_t most = rows > 1 ? least(rows, even) : 1;
+    int64_t count = 0;
+    for (int64_t token = 0; token < a->asked; token++) {
+        const int64_t lane = whole(a, PLACES)[token] / a->depth, seen = seen_by(a, token);
+        Stretch *last = a->stretches + count - 1;
+        if (!count || last->lane != lane || last->count == most) *++last = (Stretch){ lane, token, 0, 0 }, count++;
+        last->count++;
+        last->seen = seen > last->seen ? seen : last->seen;
+    }
+    return count;
+}
+
+static void attend(void *what, size_t share) {
+    Attention *a = what;
+    const int64_t head = (int64_t)share % a->key_heads, width = a->heads * a->width;
+    const Stretch *of = a->stretches + (int64_t)share / a->key_heads;
+    const int64_t rows = of->count * a->group, stride = parts(of->seen, KEYS) * KEYS;
+    Room room = { .stride = stride, .queries = malloc((size_t)rows * sizeof(float *)), .seen = malloc((size_t)of->count * sizeof(int64_t)),
+                  .scores = malloc((size_t)(rows * (stride + a->padded + 1) + KEYS * a->padded) * sizeof(float)) };
+    if (!room.queries || !room.seen || !room.scores) {
+        a->failed = 1;
+    } else {
+        room.out = room.scores + rows * stride, room.sums = room.out + rows * a->padded, room.together = room.sums + rows;
+        for (int64_t row = 0; row < rows; row++) {
+            const int64_t query = whole(a, QUERIES)[whole(a, PLACES)[of->first + row / a->group]];
+            room.queries[row] = a->turned + (query * a->heads + head * a->group + row % a->group) * a->padded;
+        }
+        for (int64_t token = 0; token < of->count; token++) room.seen[token] = seen_by(a, of->first + token);
+        loops->attend(a, of, head, &room);
+        for (int64_t row = 0; row < rows; row++) {
+            float *out = a->out + (of->first + row / a->group) * width + (head * a->group + row % a->group) * a->width;
+            for (int64_t i = 0; i < a->width; i++) out[i] = room.out[row * a->padded + i] / room.sums[row];
+        }
+    }
+    free(room.scores);
+    free(room.seen);
+    free((void *)room.queries);
+}
+
+static int has(const Tensor *t, size_t rank, int64_t first, int64_t second, int64_t third) {
+    const int64_t sizes[] = { first, second, third };
+    int fits = t->rank == rank;
+    for (size_t i = 0; fits && i < rank; i++) fits = t->sizes[i] == sizes[i];
+    return fits;
+}
+
+static int below(const Tensor *t, int64_t limit) {
+    const int64_t *values = t->data;
+    int fits = 1;
+    for (size_t i = 0; i < t->count; i++) fits &= values[i] >= 0 && values[i] < limit;
+    return fits;
+}
+
+/* Reads the inputs and their sizes; what would be read outside of them is an error. */
+static Status *inputs_of_attention(const void *operator, const void *context, Attention *a) {
+    Tensor *in = a->in;
+    for (size_t i = 0; i < inputs_of_it(operator); i++) TRY(input_of(context, i, &in[i]));
+    if (in[QUERY].rank != 2 || in[PAST_KEYS].rank != 3 || in[KEYS_SEEN].rank != 2 || in[QUERIES].rank != 2)
+        return failed("edgeguard: attention over another number of sizes");
+    a->asked = in[QUERY].sizes[0], a->past = in[PAST_KEYS].sizes[0], a->key_heads = in[PAST_KEYS].sizes[1], a->width = in[PAST_KEYS].sizes[2];
+    a->tokens = in[KEY].sizes[0], a->lanes = in[QUERIES].sizes[0], a->depth = in[QUERIES].sizes[1], a->columns = in[KEYS_SEEN].sizes[1];
+    a->heads = a->width ? in[QUERY].sizes[1] / a->width : 0, a->group = a->key_heads ? a->heads / a->key_heads : 0;
+    a->padded = parts(a->width, 64) * 64; /* four vectors of either width */
+    const int64_t keys = a->key_heads * a->width, half = a->width / 2;
+    const int fits = a->group > 0 && a->columns > 0 && a->depth > 0 && a->width % 2 == 0 && a->heads == a->group * a->key_heads &&
+        has(&in[QUERY], 2, a->asked, a->heads * a->width, 0) && has(&in[KEY], 2, a->tokens, keys, 0) && has(&in[VALUE], 2, a->tokens, keys, 0) &&
+        has(&in[PAST_VALUES], 3, a->past, a->key_heads, a->width) && has(&in[KEYS_SEEN], 2, a->lanes, a->columns, 0) &&
+        has(&in[MASK], 3, a->lanes, a->group * a->depth, a->columns) && (int64_t)in[PLACES].count == a->asked &&
+        (int64_t)in[ASKED_AT].count == a->asked && (int64_t)in[AT].count == a->tokens && in[COSINES].rank == 2 && in[ASKED_COSINES].rank == 2 &&
+        has(&in[SINES], 2, in[COSINES].sizes[0], half, 0) && has(&in[ASKED_SINES], 2, in[ASKED_COSINES].sizes[0], half, 0) &&
+        in[COSINES].sizes[1] == half && in[ASKED_COSINES].sizes[1] == half &&
+        (!in[STEPS].data || ((int64_t)in[STEPS].count == a->tokens && (int64_t)in[QUERY_STEPS].count == a->asked));
+    if (!fits) return failed("edgeguard: attention over other sizes");
+    const int inside = below(&in[ASKED_AT], in[ASKED_COSINES].sizes[0]) && below(&in[AT], in[COSINES].sizes[0]) &&
+        below(&in[QUERIES], a->asked) && below(&in[PLACES], a->lanes * a->depth) && below(&in[KEYS_SEEN], a->past + a->tokens);
+    return inside ? NULL : failed("edgeguard: attention to a token that is not there");
+}
+
+static Status *attention(void *operator, void *context) {
+    Attention a = { .failed = 0 };
+    TRY(inputs_of_attention(operator, context, &a));
+    const int64_t keys[] = { a.tokens, a.key_heads, a.width };
+    TRY(output(context, 0, (const int64_t[]){ a.asked, a.heads * a.width }, 2, (void **)&a.out));
+    TRY(output(context, 1, keys, 3, (void **)&a.new_keys));
+    TRY(output(context, 2, keys, 3, (void **)&a.new_values));
+    a.turned = malloc((size_t)(a.asked * a.heads * a.padded + 1) * sizeof *a.turned);
+    a.stretches = malloc((size_t)(a.asked + 1) * sizeof *a.stretches);
+    Status *status = a.turned && a.stretches ? NULL : failed("edgeguard: out of memory");
+    if (!status) status = for_rows(context, turn_key, a.tokens, 2 * a.key_heads * a.width, &a);
+    if (!status) status = for_rows(context, turn_query, a.asked, a.heads * a.width, &a);
+    if (!status) status = in_parallel(context, attend, cut(&a) * a.key_heads, &a);
+    if (!status && a.failed) status = failed("edgeguard: out of memory");
+    free(a.turned);
+    free(a.stretches);
+    return status;
+}
+
+/* ---- the operators ---- */
+
+static Status *itself(const void *operator, const Function *unused, const void *info, void **kernel) {
+    (void)unused, (void)info;
+    return *kernel = (void *)operator, NULL;
+}
+static void nothing_to_free(void *operator) { (void)operator; }
+#define FUSED(compute) OPERATOR(itself, compute, nothing_to_free)
+#define ATTENTION_TYPES \
+    FLOAT, FLOAT, FLOAT, FLOAT, FLOAT, INT64, FLOAT, FLOAT, INT64, FLOAT, FLOAT, INT64, INT64, INT64, FLOAT /* up to the mask */
+static const Described fused[] = { /* rows come with zero points, which only the function needs */
+    { FUSED(quantise_plainly), "Quantise", 2, 2, { FLOAT, UINT8 }, { UINT8, FLOAT } },
+    { FUSED(quantise_parts), "QuantiseParts", 2, PARTS + 1, { FLOAT, UINT8 }, { UINT8, UINT8, UINT8, UINT8, FLOAT } },
+    { FUSED(quantise_finely), "QuantiseFinely", 2, 2, { FLOAT, UINT8 }, { UINT8, FLOAT } },
+    { FUSED(combine_parts), "CombineParts", PARTS + 1, 1, { FLOAT, FLOAT, FLOAT, FLOAT, FLOAT }, { FLOAT } },
+    { FUSED(combine_finely), "CombineFinely", 2, 1, { FLOAT, FLOAT }, { FLOAT } },
+    { FUSED(gate), "Gate", 2, 1, { FLOAT, FLOAT }, { FLOAT } },
+    { FUSED(gate), "GateInSteps", 3, 1, { FLOAT, FLOAT, FLOAT }, { FLOAT } },
+    { FUSED(attention), "Attention", QUERY_STEPS, 3, { ATTENTION_TYPES }, { FLOAT, FLOAT, FLOAT } },
+    { FUSED(attention), "AttentionInSteps", ATTENTION_INPUTS, 3, { ATTENTION_TYPES, FLOAT, FLOAT }, { FLOAT, FLOAT, FLOAT } },
+};
+
+/* Called by ONNX Runtime for a session that the library is registered with. */
+Status *RegisterCustomOps(void *options, const Base *base) {
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) loops = &loops_16;
+    return add_operators(options, base, "edgeguard", fused, sizeof fused / sizeof *fused);
+}
+
+#endif

@@ -1,0 +1,163 @@
+"""Our kernels for what lies between a guard graph's products (`fused.c`): where there are some, tried against NumPy, refused if wrong.
+
+Guard graphs hold these operators as functions (`convert/functions.py`), which ONNX Runtime takes apart where there is no kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edgeguard.backends.kernels import FUSED, NOT_BUILT, Kernel
+from edgeguard.backends.onnx_protobuf import Node, operators
+from edgeguard.errors import InferenceError, ModelMemoryError
+from edgeguard.machine import Cpu
+
+Values: TypeAlias = Mapping[str, NDArray[Any]]
+Compute: TypeAlias = "Callable[[bytes, Kernel, Values], Values]"
+"""Runs a model, by a kernel, on named inputs; gives named results."""
+
+NEEDS = frozenset({"avx2", "fma"})
+PARTS, TERMS = 4, 2
+STEP, FINER, LEAST = np.float32(1 / 127), np.float32(1 / 254), np.float32(1e-30)
+CLOSE = 1e-5
+"""How far sums of a trial may be from NumPy's, relative to numbers around 1."""
+ATTENTION = ("query", "key", "value", "past_key", "past_value", "at", "cosines", "sines", "at", "cosines", "sines", "queries", "places",
+             "keys", "mask")
+NODES = (
+    Node("Quantise", ("rows", "zeros"), ("bytes", "steps")),
+    Node("QuantiseParts", ("rows", "zeros"), (*(f"part_{part}" for part in range(PARTS)), "part_steps")),
+    Node("QuantiseFinely", ("rows", "zeros"), ("terms", "term_steps")),
+    Node("CombineParts", ("part_steps", *["product"] * PARTS), ("combined",)),
+    Node("CombineFinely", ("term_steps", "products"), ("finely",)),
+    Node("Gate", ("rows", "up"), ("gated",)),
+    Node("GateInSteps", ("rows", "up", "multiples"), ("gated_in_steps",)),
+    Node("Attention", ATTENTION, ("seen", "new_key", "new_value")),
+    Node("AttentionInSteps", (*ATTENTION, "multiples", "multiples"), ("seen_in_steps", "new_key_in_steps", "new_value_in_steps")),
+)
+
+
+def tried(cpu: Cpu, compute: Compute) -> tuple[Path | None, tuple[str, ...]]:
+    """The library for a processor, None where there is none that is right, and what was wanted in vain."""
+    if not fits(cpu):
+        return None, ()
+    library = built()
+    if library is None:
+        return None, (NOT_BUILT,)
+    given = _given()
+    try:
+        found = compute(operators(NODES, given), Kernel("trial", fused=library), given)
+    except (InferenceError, ModelMemoryError):  # it may not fit the runtime
+        return None, ("edgeguard's fused operators were tried here and failed",)
+    right = all(_is_right(found[name], wanted) for name, wanted in _wanted(given).items())
+    return (library, ()) if right else (None, ("edgeguard's fused operators were tried here and are wrong",))
+
+
+def fits(cpu: Cpu) -> bool:
+    """Whether a processor has what the library is made for."""
+    return cpu.arch == "x86_64" and cpu.flags >= NEEDS
+
+
+def built() -> Path | None:
+    """The library, unless it was not built when edgeguard was installed."""
+    spec = find_spec(FUSED)
+    return Path(spec.origin) if spec and spec.origin else None
+
+
+def told(cpu: Cpu) -> dict[str, Kernel]:
+    """What a processor gets, by what it is for."""
+    if not fits(cpu):
+        return {}
+    reason = "the processor has AVX2 and FMA; one operator of edgeguard's own for each of what lies between products"
+    return {"attention": Kernel("edgeguard fused", reason=reason) if built() else Kernel("onnxruntime", reason=NOT_BUILT)}
+
+
+def _is_right(found: NDArray[Any], wanted: NDArray[Any]) -> bool:
+    """The very bits of whole numbers and of steps, sums nearly."""
+    exact = wanted.dtype != np.float64
+    return found.shape == wanted.shape and (np.array_equal(found, wanted) if exact else np.allclose(found, wanted, CLOSE, CLOSE))
+
+
+def _given() -> dict[str, NDArray[Any]]:
+    """Large and small numbers, widths with a rest, and attention in two lanes: one of many queries, one of few, which share a past."""
+    random = np.random.default_rng(0)
+
+    def drawn(*sizes: int) -> NDArray[np.float32]:
+        return random.standard_normal(sizes).astype(np.float32)
+
+    past, depth, tokens, heads, kv_heads, width = 40, 13, 15, 6, 2, 64
+    rows = drawn(tokens, 300) * np.exp2(np.arange(tokens)[:, None] - 9).astype(np.float32)
+    rows[0], rows[1, 7], rows[2, 3] = 0, 1e30, -1e-38
+    angles = np.arange(past, past + tokens)[:, None] / np.exp2(np.arange(width // 2) / 4)
+    queries = np.array([np.arange(depth), [13, 14, *[13] * 11]])
+    keys = np.zeros((2, 64), np.int64)
+    keys[0, : past + depth], keys[1, :32] = np.arange(past + depth), [*range(30), past + 13, past + 14]
+    seen = np.stack([past + 1 + np.arange(depth), 31 + (queries[1] == 14)])
+    mask = np.where(np.arange(64) < seen[:, :, None], 0, -np.inf).astype(np.float32)
+    return {
+        "multiples": np.exp2(np.arange(tokens) % 3 - 1).astype(np.float32)[:, None],
+        "rows": rows, "zeros": np.full(tokens, 128, np.uint8), "up": drawn(tokens, 300), "product": drawn(tokens, 1, 37),
+        "products": drawn(tokens, TERMS, 37), "query": drawn(tokens, heads * width), "key": drawn(tokens, kv_heads * width),
+        "value": drawn(tokens, kv_heads * width), "past_key": drawn(past, kv_heads, width), "past_value": drawn(past, kv_heads, width),
+        "at": np.arange(tokens)[None], "cosines": np.cos(angles).astype(np.float32), "sines": np.sin(angles).astype(np.float32),
+        "queries": queries, "places": np.array([*range(depth), depth, depth + 1]), "keys": keys,
+        "mask": np.tile(mask, (1, heads // kv_heads, 1)),
+    }
+
+
+def _wanted(given: Values) -> dict[str, NDArray[Any]]:
+    """By NumPy, sums in float64."""
+    rows = given["rows"]
+    whole, steps = _quantised(rows)
+    parts = [_quantised(part) for part in np.split(rows, PARTS, 1)]
+    rest, finer = rows - (whole.astype(np.float32) - 128) * steps, steps * FINER
+    terms = np.stack([whole, (np.rint(rest / finer) + 128).astype(np.uint8)], 1)
+    part_steps, term_steps = np.stack([step for _, step in parts], 1), np.stack([steps, finer], 1)
+    multiples = given["multiples"]
+    in_steps = _attended({**given, **{name: given[name] * multiples for name in ("query", "key", "value")}})
+    return {
+        "bytes": whole, "steps": steps, **{f"part_{place}": part[:, None] for place, (part, _) in enumerate(parts)},
+        "part_steps": part_steps, "terms": terms, "term_steps": term_steps,
+        "gated": _gated(rows, given["up"]), "gated_in_steps": _gated(rows * multiples, given["up"] * multiples),
+        "combined": part_steps.astype(np.float64).sum(1) * given["product"][:, 0],
+        "finely": (term_steps.astype(np.float64) * given["products"]).sum(1),
+        **_attended(given), **{f"{name}_in_steps": each for name, each in in_steps.items()},
+    }
+
+
+def _quantised(rows: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    steps = np.maximum(np.abs(rows).max(1, keepdims=True), LEAST) * STEP
+    return (np.rint(rows / steps) + 128).astype(np.uint8), steps
+
+
+def _gated(x: NDArray[np.float32], up: NDArray[np.float32]) -> NDArray[np.float64]:
+    x_ = x.astype(np.float64)
+    return x_ / (1 + np.exp(-np.clip(x_, -500, 500))) * up
+
+
+def _attended(given: Values) -> dict[str, NDArray[Any]]:
+    """Token by token."""
+    kv_heads, width = given["past_key"].shape[1:]
+    query, key = (_turned(given[name].reshape(len(given[name]), -1, width), given) for name in ("query", "key"))
+    value = given["value"].reshape(-1, kv_heads, width)
+    keys, values = (np.concatenate([given[past], new]) for past, new in (("past_key", key), ("past_value", value)))
+    group, lanes, seen = query.shape[1] // kv_heads, given["queries"].shape[1], []
+    for token, place in enumerate(given["places"]):
+        lane, row = divmod(int(place), lanes)
+        line = given["keys"][lane][given["mask"][lane, row] == 0]
+        scores = np.einsum("khd,skd->khs", query[token].reshape(kv_heads, group, width), keys[line]) / np.sqrt(width)
+        shares = np.exp(scores - scores.max(-1, keepdims=True))
+        seen.append(np.einsum("khs,skd->khd", shares / shares.sum(-1, keepdims=True), values[line].astype(np.float64)).ravel())
+    return {"seen": np.stack(seen), "new_key": key, "new_value": value}
+
+
+def _turned(x: NDArray[np.float32], given: Values) -> NDArray[np.float64]:
+    """RoPE."""
+    cosines, sines = (given[name][given["at"][0], None].astype(np.float64) for name in ("cosines", "sines"))
+    low, high = np.split(x, 2, -1)
+    return np.concatenate([low * cosines - high * sines, high * cosines + low * sines], -1)
