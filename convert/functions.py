@@ -19,15 +19,16 @@ TERMS = 2
 """Of what is read finely: the bytes of a row, and those of what their rounding leaves."""
 STEP, ZERO = np.float32(1 / 127), np.uint8(128)  # of the largest, and the byte that stands for 0
 FINER = np.float32(1 / 254)  # a step of the second term over one of the first, whose rounding leaves half a step up or down
-LEAST = np.float32(1e-30)  # smaller magnitudes are taken for it
+TINY = np.float32(1e-30)  # smaller magnitudes are taken for it
 
 
 def _steps(nodes: Nodes, rows: str) -> str:
-    """A step of 8 bits for each row. Two reductions are faster than writing all magnitudes."""
-    within = nodes.constant([-1])
-    most, least = (nodes.node(reduction, [rows, within], keepdims=0) for reduction in ("ReduceMax", "ReduceMin"))
-    largest = nodes.node("Max", [most, nodes.node("Neg", [least]), nodes.constant(LEAST)])
-    return nodes.node("Mul", [largest, nodes.constant(STEP)])
+    """A step of 8 bits for each row, not finite where a number is not: quantised it would be an ordinary one."""
+    within = nodes.constant([-1])  # two reductions are faster than writing all magnitudes
+    most, least, total = (nodes.node(f"Reduce{word}", [rows, within], keepdims=0) for word in ("Max", "Min", "Sum"))
+    largest = nodes.node("Max", [most, nodes.node("Neg", [least]), nodes.constant(TINY)])
+    lost = nodes.node("Mul", [total, nodes.constant(np.float32(0))])  # Max and Min of ONNX Runtime pass over a NaN, Sum does not
+    return nodes.node("Mul", [nodes.node("Add", [largest, lost]), nodes.constant(STEP)])
 
 
 def _quantise(nodes: Nodes, rows: str, zeros: str) -> Sequence[str]:

@@ -303,8 +303,11 @@ class _Builder:
 
     def int8_product(self, term: str, table: str, scales: str) -> str:
         """Of bytes, times the layer's scales; the step of the activations is still to be multiplied."""
-        factors = [term, table, self.graph.constant(np.float32(1)), scales, self.graph.constant(functions.ZERO)]
-        return self.graph.node("MatMulIntegerToFloat", factors, domain="com.microsoft")
+        graph = self.graph
+        # the weights' zero point is given, to each product one of its own: ONNX Runtime before 1.30 needs it so where it converts weights
+        points = [graph.constant(functions.ZERO), graph.constant(np.int8(0), shared=False)]
+        factors = [term, table, graph.constant(np.float32(1)), scales, *points]
+        return graph.node("MatMulIntegerToFloat", factors, domain="com.microsoft")
 
     def int4_linear(self, value: str, name: str, tensor: QuantisedTensor | None) -> str:
         """Two weights a byte, the first in the low half; without zero points the middle is 8."""

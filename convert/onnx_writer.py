@@ -47,13 +47,13 @@ class Nodes:
         self._nodes.append(self._onnx.helper.make_node(operator, inputs, outputs, name=name, domain=domain, **attributes))
         return outputs[0]
 
-    def constant(self, value: ArrayLike) -> str:
-        """A small array or number (whole numbers are int64); equal ones are stored once."""
+    def constant(self, value: ArrayLike, *, shared: bool = True) -> str:
+        """A small array or number (whole numbers are int64); equal ones are stored once if they are `shared`."""
         array = np.asarray(value)
         key = (array.dtype.str, array.shape, array.tobytes())
-        if key not in self._constants:
-            name = self._constants[key] = self.fresh("constant")
-            self._keep(self._onnx.numpy_helper.from_array(array, name))
+        if not shared or key not in self._constants:
+            self._constants[key] = self.fresh("constant")
+            self._keep(self._onnx.numpy_helper.from_array(array, self._constants[key]))
         return self._constants[key]
 
     def _keep(self, tensor: Any) -> None:  # noqa: ANN401  onnx has no types

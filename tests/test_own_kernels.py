@@ -35,13 +35,17 @@ def test_it_is_built_of_the_files_that_are_here() -> None:
 
 
 def product(weights: NDArray[np.int8], scales: NDArray[np.float32], *, zero_point: int = 128, constant: bool = True,
-            step: float | NDArray[np.float32] = 0.37) -> bytes:
-    """A model of one product of bytes."""
+            step: float | NDArray[np.float32] = 0.37, point: int | None = 0) -> bytes:
+    """A model of one product of bytes; the weights' zero point is a `point`, or left out."""
     kept = {"b": weights, "step": np.float32(step), "scales": scales, "zero": np.uint8(zero_point)}
     inputs = [helper.make_tensor_value_info("a", TensorProto.UINT8, None)]
     if not constant:
         inputs.append(helper.make_tensor_value_info("b", TensorProto.INT8, list(kept.pop("b").shape)))
-    node = helper.make_node("MatMulIntegerToFloat", ["a", "b", "step", "scales", "zero"], ["y"], domain="com.microsoft")
+    names = ["a", "b", "step", "scales", "zero"]
+    if point is not None:
+        kept["point"] = np.int8(point)
+        names.append("point")
+    node = helper.make_node("MatMulIntegerToFloat", names, ["y"], domain="com.microsoft")
     return model(node, inputs, kept)
 
 
@@ -67,6 +71,12 @@ def drawn(seed: int, depth: int, columns: int, *sizes: int) -> tuple[NDArray[np.
     rng = np.random.default_rng(seed)
     weights = rng.integers(-128, 128, (depth, columns)).astype(np.int8)
     return weights, rng.standard_normal(columns).astype(np.float32), rng.integers(0, 256, (*sizes, depth)).astype(np.uint8)
+
+
+def test_the_weights_zero_point_may_be_left_out() -> None:
+    weights, scales, a = drawn(2, 96, 32, 4)
+    without, given_one = (session(product(weights, scales, point=point), MINE).run(None, {"a": a})[0] for point in (None, 0))
+    assert np.array_equal(without, given_one)
 
 
 @settings(max_examples=60, deadline=None)
@@ -129,6 +139,8 @@ def test_what_it_is_not_made_for_is_an_error() -> None:
             session(wrong, MINE).run(None, {"a": a})
     with pytest.raises(Exception, match="not constant"):
         session(product(weights, scales, constant=False), MINE)
+    with pytest.raises(Exception, match="a zero point other than 0"):
+        session(product(weights, scales, point=1), MINE).run(None, {"a": a})
     with pytest.raises(Exception, match="another width"):
         session(product(weights, scales), MINE).run(None, {"a": a[:, :64]})
 

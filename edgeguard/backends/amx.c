@@ -216,8 +216,8 @@ static Status *compute(void *weights, void *context) {
     const Weights *w = weights;
     Tensor input[INPUTS];
     float *out;
-    TRY(inputs_of(context, INPUTS, w->depth, input));
-    if (input[STEP].count != 1 || input[SCALES].count != (size_t)w->columns) return failed("edgeguard: scales of another shape");
+    TRY(inputs_of_bytes(context, w->depth, input));
+    if (input[SCALES].count != (size_t)w->columns) return failed("edgeguard: scales of another shape");
     TRY(output_of(context, &input[ACTIVATIONS], w->columns, &out));
     const int64_t tokens = (int64_t)input[ACTIVATIONS].count / w->depth;
     for (int64_t token = 0; token < tokens; token += PASS) {

@@ -407,8 +407,7 @@ static Status *create_8(const void *operator, const Function *unused, const void
 static Status *compute_8(void *weights, void *context) {
     Product p = { .w = *(const Weights *)weights };
     Tensor input[INPUTS];
-    TRY(inputs_of(context, INPUTS, p.w.depth, input));
-    if (input[STEP].count != 1) return failed("edgeguard: scales of another shape");
+    TRY(inputs_of_bytes(context, p.w.depth, input));
     TRY(output_of(context, &input[ACTIVATIONS], p.w.columns, &p.out));
     p.activations = input[ACTIVATIONS].data, p.weights = input[WEIGHTS].data;
     p.scales = input[SCALES].data, p.step = *(const float *)input[STEP].data;
@@ -419,7 +418,7 @@ static Status *compute_8(void *weights, void *context) {
 /* ---- the operators ---- */
 
 static const Described products[] = {
-    { OPERATOR(create_4, compute_4, free), "MatMulNBits", INPUTS_4, 1, { FLOAT, UINT8, FLOAT }, { FLOAT } },
+    { OPERATOR(create_4, compute_4, free), "MatMulNBits", INPUTS_4, 1, 0, { FLOAT, UINT8, FLOAT }, { FLOAT } },
     BYTES(create_8, compute_8, free),
 };
 

@@ -90,7 +90,7 @@ enum { MOST_INPUTS = 17, MOST_OUTPUTS = 5 };
 typedef struct {
     Operator operator;
     const char *name;
-    size_t inputs, outputs;
+    size_t inputs, outputs, optional; /* of the inputs how many of the last may be missing */
     int input_types[MOST_INPUTS], output_types[MOST_OUTPUTS];
 } Described;
 
@@ -100,12 +100,15 @@ static size_t inputs_of_it(const void *operator) { return ((const Described *)op
 static size_t outputs_of_it(const void *operator) { return ((const Described *)operator)->outputs; }
 static int input_type(const void *operator, size_t i) { return ((const Described *)operator)->input_types[i]; }
 static int output_type(const void *operator, size_t i) { return ((const Described *)operator)->output_types[i]; }
+static int input_kind(const void *operator, size_t i) { /* OrtCustomOpInputOutputCharacteristic */
+    return i + ((const Described *)operator)->optional >= ((const Described *)operator)->inputs;
+}
 static int zero(const void *operator, size_t i) { return (void)operator, (void)i, 0; }
 static int one(const void *operator) { return (void)operator, 1; }
 static int most(const void *operator) { return (void)operator, INT32_MAX; }
 #define OPERATOR(create, compute, destroy) \
     { API_VERSION, NULL, name_of, no_provider, input_type, inputs_of_it, output_type, outputs_of_it, NULL, destroy, \
-      zero, zero, zero /* required, and in ordinary memory */, { one, one, one, one } /* not asked for */, create, compute, NULL, \
+      input_kind, zero, zero /* outputs are required, and all is in ordinary memory */, { one, one, one, one } /* not asked for */, create, compute, NULL, \
       one, most }
 
 /* For a session that a library is registered with. */

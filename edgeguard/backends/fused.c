@@ -2,10 +2,13 @@
 
 Guard graphs hold these operators as functions (convert/functions.py), in a domain of edgeguard's own. ONNX Runtime takes a function
 apart into its nodes, unless there is a kernel of its name: with this library each is one pass over memory instead of up to thirty.
-Quantise, QuantiseParts and QuantiseFine give the bits that their functions give; the others add up in another order.
-In all of them a token's result depends on no other token of the pass.
+Quantise, QuantiseParts and QuantiseFinely give the bits that their functions give; the others add up in another order.
+In all of them a token's result depends on no other token of the pass, but what is not finite may spread. A NaN is never lost.
 */
 #if defined(__x86_64__)
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error "a compiler that takes no number for NaN would lose it"
+#endif
 
 #include <immintrin.h>
 #include <math.h>
@@ -123,9 +126,12 @@ static void quantise_row_finely(void *what, size_t row) {
 /* Rows (T, width) to bytes (T, width) and steps (T, 1); in parts to as many of (T, 1, width / parts) and steps (T, parts, 1); finely
    to (T, 2, width) and (T, 2, 1). */
 static Status *quantise(void *context, int64_t parts_of, int64_t terms) {
-    Tensor x;
+    Tensor x, zeros;
     TRY(input_of(context, 0, &x));
+    TRY(input_of(context, 1, &zeros));
     if (x.rank != 2 || x.sizes[1] % parts_of) return failed("edgeguard: rows of another shape");
+    for (size_t i = 0; i < zeros.count; i++)
+        if (((const uint8_t *)zeros.data)[i] != 128) return failed("edgeguard: a zero point other than 128");
     const int64_t tokens = x.sizes[0], middle = parts_of * terms, deep = middle > 1;
     Quantised q = { .x = x.data, .width = x.sizes[1], .parts = parts_of };
     const int64_t sizes[] = { tokens, terms, q.width / parts_of }, flat[] = { tokens, q.width };
@@ -218,25 +224,28 @@ static void turn_key(void *what, size_t token) {
     loops->combine(&values, &step, 1, a->key_heads * a->width, a->new_values + first);
 }
 
-/* The keys that a token sees: those up to the last one with a mask of 0. */
+/* The keys that a token sees: those up to the last one with a mask of 0; -1 if there are others before it. */
 static int64_t seen_by(const Attention *a, int64_t token) {
     const int64_t place = whole(a, PLACES)[token], lane = place / a->depth;
     const float *mask = (const float *)a->in[MASK].data + (lane * a->group * a->depth + place % a->depth) * a->columns;
     int64_t seen = a->columns;
     while (seen && mask[seen - 1] != 0) seen--;
+    for (int64_t key = 0; key < seen; key++) if (mask[key] != 0) return -1;
     return seen;
 }
 
-/* Cuts the tokens into stretches; gives their number. */
+/* Cuts the tokens into stretches; gives their number, -1 for a mask with holes. */
 static int64_t cut(Attention *a) {
     enum { SHARES = 16 };
     const int64_t rows = least(MOST_ROWS, MOST_SCORES / a->columns) / a->group, even = parts(a->asked * a->key_heads, SHARES);
-    const int64_t most = rows > 1 ? least(rows, even) : 1;
+    const int64_t longest = rows > 1 ? least(rows, even) : 1;
     int64_t count = 0;
     for (int64_t token = 0; token < a->asked; token++) {
         const int64_t lane = whole(a, PLACES)[token] / a->depth, seen = seen_by(a, token);
+        if (seen < 0) return -1;
+        if (!count || a->stretches[count - 1].lane != lane || a->stretches[count - 1].count == longest)
+            a->stretches[count++] = (Stretch){ lane, token, 0, 0 };
         Stretch *last = a->stretches + count - 1;
-        if (!count || last->lane != lane || last->count == most) *++last = (Stretch){ lane, token, 0, 0 }, count++;
         last->count++;
         last->seen = seen > last->seen ? seen : last->seen;
     }
@@ -302,7 +311,7 @@ static Status *inputs_of_attention(const void *operator, const void *context, At
         (int64_t)in[ASKED_AT].count == a->asked && (int64_t)in[AT].count == a->tokens && in[COSINES].rank == 2 && in[ASKED_COSINES].rank == 2 &&
         has(&in[SINES], 2, in[COSINES].sizes[0], half, 0) && has(&in[ASKED_SINES], 2, in[ASKED_COSINES].sizes[0], half, 0) &&
         in[COSINES].sizes[1] == half && in[ASKED_COSINES].sizes[1] == half &&
-        (!in[STEPS].data || ((int64_t)in[STEPS].count == a->tokens && (int64_t)in[QUERY_STEPS].count == a->asked));
+        (inputs_of_it(operator) == QUERY_STEPS || ((int64_t)in[STEPS].count == a->tokens && (int64_t)in[QUERY_STEPS].count == a->asked));
     if (!fits) return failed("edgeguard: attention over other sizes");
     const int inside = below(&in[ASKED_AT], in[ASKED_COSINES].sizes[0]) && below(&in[AT], in[COSINES].sizes[0]) &&
         below(&in[QUERIES], a->asked) && below(&in[PLACES], a->lanes * a->depth) && below(&in[KEYS_SEEN], a->past + a->tokens);
@@ -321,7 +330,9 @@ static Status *attention(void *operator, void *context) {
     Status *status = a.turned && a.stretches ? NULL : failed("edgeguard: out of memory");
     if (!status) status = for_rows(context, turn_key, a.tokens, 2 * a.key_heads * a.width, &a);
     if (!status) status = for_rows(context, turn_query, a.asked, a.heads * a.width, &a);
-    if (!status) status = in_parallel(context, attend, cut(&a) * a.key_heads, &a);
+    const int64_t stretches = status ? 0 : cut(&a);
+    if (stretches < 0) status = failed("edgeguard: a mask with holes");
+    if (!status) status = in_parallel(context, attend, stretches * a.key_heads, &a);
     if (!status && a.failed) status = failed("edgeguard: out of memory");
     free(a.turned);
     free(a.stretches);
@@ -338,16 +349,16 @@ static void nothing_to_free(void *operator) { (void)operator; }
 #define FUSED(compute) OPERATOR(itself, compute, nothing_to_free)
 #define ATTENTION_TYPES \
     FLOAT, FLOAT, FLOAT, FLOAT, FLOAT, INT64, FLOAT, FLOAT, INT64, FLOAT, FLOAT, INT64, INT64, INT64, FLOAT /* up to the mask */
-static const Described fused[] = { /* rows come with zero points, which only the function needs */
-    { FUSED(quantise_plainly), "Quantise", 2, 2, { FLOAT, UINT8 }, { UINT8, FLOAT } },
-    { FUSED(quantise_parts), "QuantiseParts", 2, PARTS + 1, { FLOAT, UINT8 }, { UINT8, UINT8, UINT8, UINT8, FLOAT } },
-    { FUSED(quantise_finely), "QuantiseFinely", 2, 2, { FLOAT, UINT8 }, { UINT8, FLOAT } },
-    { FUSED(combine_parts), "CombineParts", PARTS + 1, 1, { FLOAT, FLOAT, FLOAT, FLOAT, FLOAT }, { FLOAT } },
-    { FUSED(combine_finely), "CombineFinely", 2, 1, { FLOAT, FLOAT }, { FLOAT } },
-    { FUSED(gate), "Gate", 2, 1, { FLOAT, FLOAT }, { FLOAT } },
-    { FUSED(gate), "GateInSteps", 3, 1, { FLOAT, FLOAT, FLOAT }, { FLOAT } },
-    { FUSED(attention), "Attention", QUERY_STEPS, 3, { ATTENTION_TYPES }, { FLOAT, FLOAT, FLOAT } },
-    { FUSED(attention), "AttentionInSteps", ATTENTION_INPUTS, 3, { ATTENTION_TYPES, FLOAT, FLOAT }, { FLOAT, FLOAT, FLOAT } },
+static const Described fused[] = {
+    { FUSED(quantise_plainly), "Quantise", 2, 2, 0, { FLOAT, UINT8 }, { UINT8, FLOAT } },
+    { FUSED(quantise_parts), "QuantiseParts", 2, PARTS + 1, 0, { FLOAT, UINT8 }, { UINT8, UINT8, UINT8, UINT8, FLOAT } },
+    { FUSED(quantise_finely), "QuantiseFinely", 2, 2, 0, { FLOAT, UINT8 }, { UINT8, FLOAT } },
+    { FUSED(combine_parts), "CombineParts", PARTS + 1, 1, 0, { FLOAT, FLOAT, FLOAT, FLOAT, FLOAT }, { FLOAT } },
+    { FUSED(combine_finely), "CombineFinely", 2, 1, 0, { FLOAT, FLOAT }, { FLOAT } },
+    { FUSED(gate), "Gate", 2, 1, 0, { FLOAT, FLOAT }, { FLOAT } },
+    { FUSED(gate), "GateInSteps", 3, 1, 0, { FLOAT, FLOAT, FLOAT }, { FLOAT } },
+    { FUSED(attention), "Attention", QUERY_STEPS, 3, 0, { ATTENTION_TYPES }, { FLOAT, FLOAT, FLOAT } },
+    { FUSED(attention), "AttentionInSteps", ATTENTION_INPUTS, 3, 0, { ATTENTION_TYPES, FLOAT, FLOAT }, { FLOAT, FLOAT, FLOAT } },
 };
 
 /* Called by ONNX Runtime for a session that the library is registered with. */

@@ -5,7 +5,7 @@ Guard graphs hold these operators as functions (`convert/functions.py`), which O
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -24,11 +24,18 @@ Compute: TypeAlias = "Callable[[bytes, Kernel, Values], Values]"
 
 NEEDS = frozenset({"avx2", "fma"})
 PARTS, TERMS = 4, 2
-STEP, FINER, LEAST = np.float32(1 / 127), np.float32(1 / 254), np.float32(1e-30)
+STEP, FINER, TINY = np.float32(1 / 127), np.float32(1 / 254), np.float32(1e-30)
 CLOSE = 1e-5
 """How far sums of a trial may be from NumPy's, relative to numbers around 1."""
-ATTENTION = ("query", "key", "value", "past_key", "past_value", "at", "cosines", "sines", "at", "cosines", "sines", "queries", "places",
-             "keys", "mask")
+BROKEN = np.array([0x7FC00000, 0x7FC00001, 0x7F800001, 0xFFFFFFFF, 0x7F800000, 0xFF800000], np.uint32).view(np.float32)
+"""NaNs of all kinds, and infinities."""
+
+
+def _attention(of: str = "", past_key: str = "past_key") -> tuple[str, ...]:
+    names = ("query", "key", "value", past_key, "past_value", *["at", "cosines", "sines"] * 2, "queries", "places", "keys", "mask")
+    return tuple(f"{of}{name}" for name in names)
+
+
 NODES = (
     Node("Quantise", ("rows", "zeros"), ("bytes", "steps")),
     Node("QuantiseParts", ("rows", "zeros"), (*(f"part_{part}" for part in range(PARTS)), "part_steps")),
@@ -37,8 +44,12 @@ NODES = (
     Node("CombineFinely", ("term_steps", "products"), ("finely",)),
     Node("Gate", ("rows", "up"), ("gated",)),
     Node("GateInSteps", ("rows", "up", "multiples"), ("gated_in_steps",)),
-    Node("Attention", ATTENTION, ("seen", "new_key", "new_value")),
-    Node("AttentionInSteps", (*ATTENTION, "multiples", "multiples"), ("seen_in_steps", "new_key_in_steps", "new_value_in_steps")),
+    Node("Attention", _attention(), ("seen", "new_key", "new_value")),
+    Node("AttentionInSteps", (*_attention("long_"), "long_multiples", "long_multiples"), ("long_seen", "long_new_key", "long_new_value")),
+    Node("Quantise", ("broken", "broken_zeros"), ("_0", "broken_steps")),
+    Node("QuantiseFinely", ("broken", "broken_zeros"), ("_1", "broken_term_steps")),
+    Node("Gate", ("broken", "broken"), ("broken_gated",)),
+    Node("Attention", _attention(past_key="broken_key"), ("broken_seen", "_2", "_3")),
 )
 
 
@@ -54,7 +65,7 @@ def tried(cpu: Cpu, compute: Compute) -> tuple[Path | None, tuple[str, ...]]:
         found = compute(operators(NODES, given), Kernel("trial", fused=library), given)
     except (InferenceError, ModelMemoryError):  # it may not fit the runtime
         return None, ("edgeguard's fused operators were tried here and failed",)
-    right = all(_is_right(found[name], wanted) for name, wanted in _wanted(given).items())
+    right = all(_is_right(found[name], wanted) for name, wanted in _wanted(given).items()) and _are_broken(found)
     return (library, ()) if right else (None, ("edgeguard's fused operators were tried here and are wrong",))
 
 
@@ -83,30 +94,55 @@ def _is_right(found: NDArray[Any], wanted: NDArray[Any]) -> bool:
     return found.shape == wanted.shape and (np.array_equal(found, wanted) if exact else np.allclose(found, wanted, CLOSE, CLOSE))
 
 
+def _are_broken(found: Values) -> bool:
+    """What was computed from a NaN or an infinity is no ordinary number."""
+    gated = found["broken_gated"][np.isnan(BROKEN), 5]
+    return not any(np.isfinite(each).any() for each in (found["broken_steps"], found["broken_term_steps"], gated, found["broken_seen"]))
+
+
 def _given() -> dict[str, NDArray[Any]]:
-    """Large and small numbers, widths with a rest, and attention in two lanes: one of many queries, one of few, which share a past."""
-    random = np.random.default_rng(0)
-
-    def drawn(*sizes: int) -> NDArray[np.float32]:
-        return random.standard_normal(sizes).astype(np.float32)
-
-    past, depth, tokens, heads, kv_heads, width = 40, 13, 15, 6, 2, 64
-    rows = drawn(tokens, 300) * np.exp2(np.arange(tokens)[:, None] - 9).astype(np.float32)
+    """Large and small numbers, widths with a rest, attention that goes all ways through the library, and what is not finite."""
+    tokens = 15
+    rows = _drawn(0, tokens, 300) * np.exp2(np.arange(tokens)[:, None] - 9).astype(np.float32)
     rows[0], rows[1, 7], rows[2, 3] = 0, 1e30, -1e-38
-    angles = np.arange(past, past + tokens)[:, None] / np.exp2(np.arange(width // 2) / 4)
-    queries = np.array([np.arange(depth), [13, 14, *[13] * 11]])
-    keys = np.zeros((2, 64), np.int64)
-    keys[0, : past + depth], keys[1, :32] = np.arange(past + depth), [*range(30), past + 13, past + 14]
-    seen = np.stack([past + 1 + np.arange(depth), 31 + (queries[1] == 14)])
-    mask = np.where(np.arange(64) < seen[:, :, None], 0, -np.inf).astype(np.float32)
+    broken = _drawn(1, len(BROKEN), 40)
+    broken[:, 5] = BROKEN
+    # few queries at a time, whose keys are read where they lie; many of an odd width, whose keys are copied together
+    short, long = _lanes(2, 2, 64, [13, 2], [41, 31]), _lanes(4, 1, 40, [76, 1], [41, 70])
     return {
-        "multiples": np.exp2(np.arange(tokens) % 3 - 1).astype(np.float32)[:, None],
-        "rows": rows, "zeros": np.full(tokens, 128, np.uint8), "up": drawn(tokens, 300), "product": drawn(tokens, 1, 37),
-        "products": drawn(tokens, TERMS, 37), "query": drawn(tokens, heads * width), "key": drawn(tokens, kv_heads * width),
-        "value": drawn(tokens, kv_heads * width), "past_key": drawn(past, kv_heads, width), "past_value": drawn(past, kv_heads, width),
-        "at": np.arange(tokens)[None], "cosines": np.cos(angles).astype(np.float32), "sines": np.sin(angles).astype(np.float32),
-        "queries": queries, "places": np.array([*range(depth), depth, depth + 1]), "keys": keys,
-        "mask": np.tile(mask, (1, heads // kv_heads, 1)),
+        "rows": rows, "zeros": np.full(tokens, 128, np.uint8), "up": _drawn(2, tokens, 300), "product": _drawn(3, tokens, 1, 37),
+        "products": _drawn(4, tokens, TERMS, 37), "multiples": _multiples(tokens),
+        "broken": broken, "broken_zeros": np.full(len(BROKEN), 128, np.uint8), **short,
+        "broken_key": np.full_like(short["past_key"], BROKEN[1]),
+        **{f"long_{name}": each for name, each in long.items()}, "long_multiples": _multiples(len(long["query"])),
+    }
+
+
+def _drawn(seed: int, *sizes: int) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).standard_normal(sizes).astype(np.float32)
+
+
+def _multiples(tokens: int) -> NDArray[np.float32]:
+    return np.exp2(np.arange(tokens) % 3 - 1).astype(np.float32)[:, None]
+
+
+def _lanes(group: int, kv_heads: int, width: int, counts: Sequence[int], seen: Sequence[int]) -> dict[str, NDArray[Any]]:
+    """Attention in two lanes that share a past, of as many tokens each; the first of them see as many keys, each further one another."""
+    past, tokens, depth, columns = 40, sum(counts), max(counts), 128
+    angles = np.arange(tokens)[:, None] / np.exp2(np.arange(width // 2) / 4)
+    starts = (0, counts[0])
+    queries = np.stack([np.minimum(start + np.arange(depth), start + count - 1) for start, count in zip(starts, counts, strict=True)])
+    own = [np.arange(past), past + np.arange(starts[1]), past + np.arange(starts[1], tokens)]
+    keys = np.zeros((2, columns), np.int64)
+    for lane, (line, count) in enumerate(zip((np.r_[own[0], own[1]], np.r_[own[0][: seen[1] - 1], own[2]]), counts, strict=True)):
+        keys[lane, : len(line)] = line[: seen[lane] + count - 1]
+    mask = np.where(np.arange(columns) < (np.asarray(seen)[:, None] + np.arange(depth))[:, :, None], 0, -np.inf).astype(np.float32)
+    return {
+        "query": _drawn(5, tokens, group * kv_heads * width), "key": _drawn(6, tokens, kv_heads * width),
+        "value": _drawn(7, tokens, kv_heads * width), "past_key": _drawn(8, past, kv_heads, width),
+        "past_value": _drawn(9, past, kv_heads, width), "at": np.arange(tokens)[None], "cosines": np.cos(angles).astype(np.float32),
+        "sines": np.sin(angles).astype(np.float32), "queries": queries,
+        "places": np.r_[np.arange(counts[0]), depth + np.arange(counts[1])], "keys": keys, "mask": np.tile(mask, (1, group, 1)),
     }
 
 
@@ -118,20 +154,20 @@ def _wanted(given: Values) -> dict[str, NDArray[Any]]:
     rest, finer = rows - (whole.astype(np.float32) - 128) * steps, steps * FINER
     terms = np.stack([whole, (np.rint(rest / finer) + 128).astype(np.uint8)], 1)
     part_steps, term_steps = np.stack([step for _, step in parts], 1), np.stack([steps, finer], 1)
-    multiples = given["multiples"]
-    in_steps = _attended({**given, **{name: given[name] * multiples for name in ("query", "key", "value")}})
+    multiples, long = given["multiples"], {name[5:]: each for name, each in given.items() if name.startswith("long_")}
+    long |= {name: long[name] * long["multiples"] for name in ("query", "key", "value")}
     return {
         "bytes": whole, "steps": steps, **{f"part_{place}": part[:, None] for place, (part, _) in enumerate(parts)},
         "part_steps": part_steps, "terms": terms, "term_steps": term_steps,
         "gated": _gated(rows, given["up"]), "gated_in_steps": _gated(rows * multiples, given["up"] * multiples),
         "combined": part_steps.astype(np.float64).sum(1) * given["product"][:, 0],
         "finely": (term_steps.astype(np.float64) * given["products"]).sum(1),
-        **_attended(given), **{f"{name}_in_steps": each for name, each in in_steps.items()},
+        **_attended(given), **{f"long_{name}": each for name, each in _attended(long).items()},
     }
 
 
 def _quantised(rows: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    steps = np.maximum(np.abs(rows).max(1, keepdims=True), LEAST) * STEP
+    steps = np.maximum(np.abs(rows).max(1, keepdims=True), TINY) * STEP
     return (np.rint(rows / steps) + 128).astype(np.uint8), steps
 
 

@@ -6,6 +6,7 @@
 #define INTRINSIC(name) _mm256_##name
 #define TARGET __attribute__((target("avx2,fma")))
 #define UNLESS_LESS(x, limit, value) _mm256_and_ps(value, _mm256_cmp_ps(x, limit, _CMP_NLT_US))
+#define UNLESS_NAN(x, value) _mm256_blendv_ps(value, x, _mm256_cmp_ps(x, x, _CMP_UNORD_Q))
 #define TIMES_POWER_OF_2(x, shifted) \
     _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(_mm256_castps_si256(shifted), 23)))
 #define HALVED(x) x
@@ -15,6 +16,7 @@
 #define INTRINSIC(name) _mm512_##name
 #define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl")))
 #define UNLESS_LESS(x, limit, value) _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, limit, _CMP_NLT_US), value)
+#define UNLESS_NAN(x, value) _mm512_mask_mov_ps(value, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x)
 #define TIMES_POWER_OF_2(x, shifted) \
     _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)))
 #define HALVED(x) _mm256_add_ps(_mm512_castps512_ps256(x), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)))
@@ -25,12 +27,12 @@
 #define STORE INTRINSIC(storeu_ps)
 #define SET INTRINSIC(set1_ps)
 #define FMA INTRINSIC(fmadd_ps)
-#define LEAST INTRINSIC(min_ps) /* of two the second where one is NaN */
-#define MOST INTRINSIC(max_ps)
+#define SMALLER INTRINSIC(min_ps)
+#define LARGER INTRINSIC(max_ps)
 
 /* Cephes' expf, 0 below -87; a NaN stays one. */
 INLINE V NAME(exponential)(V x) {
-    const V inside = LEAST(SET(88), MOST(SET(-87), x));
+    const V inside = SMALLER(SET(88), LARGER(SET(-87), x));
     const V shifted = FMA(inside, SET(1.44269504f), SET(MAGIC)), whole = shifted - SET(MAGIC);
     const V rest = FMA(whole, SET(2.12194440e-4f), FMA(whole, SET(-0.693359375f), inside));
     V found = FMA(SET(1.9875691500e-4f), rest, SET(1.3981999507e-3f));
@@ -39,7 +41,7 @@ INLINE V NAME(exponential)(V x) {
     found = FMA(found, rest, SET(1.6666665459e-1f));
     found = FMA(found, rest, SET(5.0000001201e-1f));
     found = FMA(rest * rest, found, rest);
-    return UNLESS_LESS(x, SET(-87), TIMES_POWER_OF_2(found + SET(1), shifted));
+    return UNLESS_NAN(x, UNLESS_LESS(x, SET(-87), TIMES_POWER_OF_2(found + SET(1), shifted)));
 }
 
 /* The step in which a row is quantised, a 127th of its largest magnitude. Magnitudes are compared as whole numbers, of which NaN is the
@@ -149,7 +151,7 @@ LOOP float NAME(shares_of)(float *scores, int64_t seen, int64_t stride) {
     for (int64_t i = seen; i < stride; i++) scores[i] = -INFINITY;
     float each[WIDE], found = -INFINITY;
     V most = SET(-INFINITY), sums = SET(0);
-    for (int64_t i = 0; i < stride; i += WIDE) most = MOST(LOAD(scores + i), most);
+    for (int64_t i = 0; i < stride; i += WIDE) most = LARGER(LOAD(scores + i), most);
     STORE(each, most);
     for (int i = 0; i < WIDE; i++) found = each[i] > found ? each[i] : found;
     for (int64_t i = 0; i < stride; i += WIDE) {
@@ -191,6 +193,7 @@ static const Loops NAME(loops) = { NAME(quantise), NAME(quantise_rest), NAME(com
 #undef INTRINSIC
 #undef TARGET
 #undef UNLESS_LESS
+#undef UNLESS_NAN
 #undef TIMES_POWER_OF_2
 #undef HALVED
 #undef LOOP
@@ -199,6 +202,6 @@ static const Loops NAME(loops) = { NAME(quantise), NAME(quantise_rest), NAME(com
 #undef STORE
 #undef SET
 #undef FMA
-#undef LEAST
-#undef MOST
+#undef SMALLER
+#undef LARGER
 #undef WIDE

@@ -100,8 +100,8 @@ class Node:
 
 def int8_product(weights: NDArray[np.int8], scales: NDArray[np.float32]) -> bytes:
     """A model of one MatMulIntegerToFloat by constant weights (K, N), scales (N,): `a` uint8 (M, K), less 128, to `y`."""
-    one, middle = np.ones((), np.float32), np.full((), 128, np.uint8)
-    tensors: dict[str, NDArray[Any]] = {"b": weights, "one": one, "scales": scales, "middle": middle}
+    one, middle, zero = np.ones((), np.float32), np.full((), 128, np.uint8), np.zeros((), np.int8)
+    tensors: dict[str, NDArray[Any]] = {"b": weights, "one": one, "scales": scales, "middle": middle, "zero": zero}
     return _model([Node("MatMulIntegerToFloat", ("a", *tensors), ("y",), "com.microsoft")], tensors, {"a": np.dtype(np.uint8)})
 
 

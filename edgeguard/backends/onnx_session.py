@@ -66,7 +66,9 @@ class Session:
         self.kernel = _kernel(model, precision, entries or {}, own=own) if "cpu" in chosen else FLOAT_KERNEL
         """Of the CPU; the one for floats on other devices."""
         loading = loading or Run()
-        options = {each: _options(ort, self.threads, self.kernel if each == "cpu" else FLOAT_KERNEL, entries or {}) for each in chosen}
+        # on other devices the runtime's kernels do what is left for the CPU: a library's operators would be taken instead of the device's
+        elsewhere = replace(self.kernel, library=None, fused=None)
+        options = {each: _options(ort, self.threads, self.kernel if each == "cpu" else elsewhere, entries or {}) for each in chosen}
         for each in options.values():
             if optimised:
                 each.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -159,7 +161,7 @@ def _options(ort: Any, threads: int, kernel: Kernel, entries: Mapping[str, str])
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.log_severity_level = SILENT
-    # a pass of the mini has a thousand operators of microseconds: sleeping between them costs a quarter of its time;
+    # a pass of the mini has hundreds of operators of microseconds: sleeping between them costs a quarter of its time;
     # between two passes threads sleep, for the sake of other processes
     spinning = {"session.intra_op.allow_spinning": "1", "session.force_spinning_stop": "1"}
     for key, value in {**spinning, **kernel.entries, **entries}.items():
