@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from edgeguard.architecture import Shape
-from edgeguard.convert.onnx_writer import Function, Nodes
+from edgeguard.convert.onnx_writer import THE_FUNCTIONS, Function, Nodes
 
 PARTS = 4
 """Parts of what a down projection reads in 8 bits, each with its own largest: outliers, others for each token, coarsen one part only."""
@@ -89,6 +89,19 @@ GATE = Function("Gate", ("gate", "up"), _gate)
 GATE_IN_STEPS = Function("GateInSteps", ("gate", "up", "steps"), lambda nodes, gate, up, steps: _gate(
     nodes, nodes.node("Mul", [gate, steps]), nodes.node("Mul", [up, steps])))
 """The same of what is still to be multiplied by steps (T, 1)."""
+
+
+def _add_and_norm(nodes: Nodes, residual: str, change: str, weight: str) -> Sequence[str]:
+    outputs = [nodes.fresh("normed"), "", "", nodes.fresh("sum")]
+    nodes.node("SkipSimplifiedLayerNormalization", [residual, change, weight], outputs, domain="com.microsoft", epsilon=THE_FUNCTIONS)
+    return outputs[0], outputs[3]
+
+
+NORM = Function("Norm", ("residual", "change", "weight"), _add_and_norm, ("epsilon",))
+"""RMSNorm of a sum, and the sum, (T, width) both."""
+NORM_IN_STEPS = Function("NormInSteps", ("residual", "change", "weight", "steps"), lambda nodes, residual, change, weight, steps: (
+    _add_and_norm(nodes, residual, nodes.node("Mul", [change, steps]), weight)), ("epsilon",))
+"""The same with a change that is still to be multiplied by steps (T, 1)."""
 
 
 def attention(shape: Shape, *, in_steps: bool = False) -> Function:

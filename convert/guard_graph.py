@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +39,9 @@ Precision = Literal["fp32", "fp16", "int8", "int4"]
 Progress = Callable[[str, int, int], None]
 """Told the stage, how many of the source's weights are written, and how many there are."""
 Hook = Callable[[str], QuantisedTensor | None]
+
+Product: TypeAlias = "tuple[str, str | None]"
+"""What a linear layer gives, and the steps (T, 1) that its rows are still to be multiplied by, None if they are."""
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 FLOATS: dict[str, type[np.floating[Any]]] = {"fp32": np.float32, "fp16": np.float16}
@@ -148,7 +151,7 @@ class _Builder:
         mask = graph.node("Where", [seen, graph.constant(np.float32(0)), graph.constant(np.float32(-np.inf))])
         return graph.node("Tile", [mask, graph.constant([1, self.shape.heads // self.shape.kv_heads, 1])])
 
-    def attention(self, layer: int, normed: str, every: Lanes, asked: Lanes) -> str:
+    def attention(self, layer: int, normed: str, every: Lanes, asked: Lanes) -> Product:
         """Attention of the asked tokens."""
         graph, shape = self.graph, self.shape
         prefix = f"model.layers.{layer}.self_attn."
@@ -162,14 +165,14 @@ class _Builder:
                   asked.queries, asked.places, asked.keys, asked.mask, *steps[:2]]
         attends = functions.attention(shape, in_steps=bool(steps))
         seen = graph.call(attends, inputs, [graph.fresh("seen"), f"new_key_{layer}", f"new_value_{layer}"])[0]
-        return self.linear(seen, f"{prefix}o_proj.weight")
+        return self.product(seen, f"{prefix}o_proj.weight")
 
-    def mlp(self, layer: int, normed: str) -> str:
+    def mlp(self, layer: int, normed: str) -> Product:
         """SwiGLU."""
         prefix = f"model.layers.{layer}.mlp."
         products, steps = self.products([(normed, f"{prefix}{name}_proj.weight") for name in ("gate", "up")])
         (inner,) = self.graph.call(functions.GATE_IN_STEPS if steps else functions.GATE, [*products, *steps[:1]])
-        return self.linear(inner, f"{prefix}down_proj.weight")
+        return self.product(inner, f"{prefix}down_proj.weight")
 
     def turns(self, positions: str) -> list[str]:
         """RoPE's places in its table, and the table: cosines and sines of these positions only, whatever the context."""
@@ -182,12 +185,14 @@ class _Builder:
         places = graph.node("Range", [graph.constant(0), count, graph.constant(1)])
         return [graph.node("Unsqueeze", [places, first]), graph.node("Cos", [angles]), graph.node("Sin", [angles])]
 
-    def add_and_norm(self, residual: str, change: str, name: str) -> tuple[str, str]:
+    def add_and_norm(self, residual: str, change: Product, name: str) -> tuple[str, str]:
         """RMSNorm of the sum, and the sum."""
-        outputs = [self.graph.fresh("normed"), "", "", self.graph.fresh("residual")]
-        self.graph.node("SkipSimplifiedLayerNormalization", [residual, change, self.norm(name)], outputs,
-                        domain="com.microsoft", epsilon=self.shape.rms_eps)
-        return outputs[0], outputs[3]
+        (product, steps), weight = change, self.norm(name)
+        inputs, function = [residual, product, weight], functions.NORM
+        if steps:
+            inputs, function = [*inputs, steps], functions.NORM_IN_STEPS
+        normed, summed = self.graph.call(function, inputs, epsilon=self.shape.rms_eps)
+        return normed, summed
 
     def norm(self, name: str) -> str:
         self.counted(name, "float32")
@@ -222,11 +227,6 @@ class _Builder:
         self.counted(source, "float32")
         return self.graph.tensor(HEAD, np.float32, [len(kept), self.shape.hidden], _finite(HEAD, rows))
 
-    def linear(self, value: str, name: str) -> str:
-        """A linear layer."""
-        product, steps = self.product(value, name)
-        return self.graph.node("Mul", [product, steps]) if steps else product
-
     def products(self, layers: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
         """Linear layers that are read together, and what of the rows of each is still to be multiplied by, unless that is done."""
         found = [self.product(*layer) for layer in layers]
@@ -235,11 +235,8 @@ class _Builder:
             return [product for product, _ in found], steps
         return [self.graph.node("Mul", [product, each]) if each else product for product, each in found], []
 
-    def product(self, value: str, name: str) -> tuple[str, str | None]:
-        """A linear layer by its own product, and what of its rows is still to be multiplied by.
-
-        Splitting a product of several layers cost more than it saved.
-        """
+    def product(self, value: str, name: str) -> Product:
+        """A linear layer by its own product: splitting a product of several layers cost more than it saved."""
         if self.precision in FLOATS:
             return self.float_linear(value, name), None
         tensor = self.quantised(name, int8_rows if self.precision == "int8" else int4_blocks)
@@ -260,7 +257,7 @@ class _Builder:
                            transB=1)
         return graph.node("Cast", [value], to=1) if half else value
 
-    def int8_linear(self, value: str, name: str, tensor: QuantisedTensor | None) -> tuple[str, str | None]:
+    def int8_linear(self, value: str, name: str, tensor: QuantisedTensor | None) -> Product:
         """The product of activations in 8 bits and the step of these, or the sum of several, each times its step."""
         graph, width = self.graph, self.sizes[name][1]
         fine = reads_finely(name, self.shape.layers)

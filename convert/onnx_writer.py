@@ -18,6 +18,8 @@ from edgeguard.errors import RuntimeMissingError
 
 OPSETS = {"": 21, "com.microsoft": 1}
 IR_VERSION = 10
+THE_FUNCTIONS = object()
+"""In a function's body, for an attribute: a float that each call of the function gives under the same name."""
 PAGE, LINE = 4096, 64  # bytes at which large and small tensors begin, so that runtimes can map them
 
 
@@ -41,10 +43,15 @@ class Nodes:
 
     def node(self, operator: str, inputs: Sequence[str], outputs: Sequence[str] | None = None, *, domain: str = "",
              **attributes: object) -> str:
-        """Add a node; returns its first output, named afresh unless given."""
+        """Add a node; returns its first output, named afresh unless given. An attribute may be `THE_FUNCTIONS`."""
         outputs = outputs or [self.fresh(operator)]
-        name = f"{operator}/{outputs[0]}"
-        self._nodes.append(self._onnx.helper.make_node(operator, inputs, outputs, name=name, domain=domain, **attributes))
+        node = self._onnx.helper.make_node(operator, inputs, outputs, name=f"{operator}/{outputs[0]}", domain=domain)
+        for name, value in attributes.items():
+            if value is THE_FUNCTIONS:
+                node.attribute.append(self._onnx.AttributeProto(name=name, ref_attr_name=name, type=self._onnx.AttributeProto.FLOAT))
+            else:
+                node.attribute.append(self._onnx.helper.make_attribute(name, value))
+        self._nodes.append(node)
         return outputs[0]
 
     def constant(self, value: ArrayLike, *, shared: bool = True) -> str:
@@ -69,6 +76,7 @@ class Function:
     inputs: tuple[str, ...]
     body: Callable[..., Sequence[str]]
     """Adds nodes to `Nodes`, given the names of the inputs; returns the names of the results."""
+    attributes: tuple[str, ...] = ()
 
 
 class GraphWriter(Nodes):
@@ -109,15 +117,15 @@ class GraphWriter(Nodes):
     def _opsets(self, versions: Mapping[str, int]) -> list[Any]:
         return [self._onnx.helper.make_opsetid(domain, version) for domain, version in versions.items()]
 
-    def call(self, function: Function, inputs: Sequence[str], outputs: Sequence[str] | None = None) -> list[str]:
+    def call(self, function: Function, inputs: Sequence[str], outputs: Sequence[str] | None = None, **attributes: float) -> list[str]:
         """Add a node of a function; returns its outputs, named afresh unless given."""
         if function.name not in self._functions:
             body = Nodes()
             results = list(function.body(body, *function.inputs))
             self._functions[function.name] = self._onnx.helper.make_function(
-                OWN_DOMAIN, function.name, function.inputs, results, body._nodes, self._opsets(OPSETS))  # noqa: SLF001
+                OWN_DOMAIN, function.name, function.inputs, results, body._nodes, self._opsets(OPSETS), function.attributes)  # noqa: SLF001
         outputs = outputs or [self.fresh(function.name) for _ in self._functions[function.name].output]
-        self.node(function.name, inputs, outputs, domain=OWN_DOMAIN)
+        self.node(function.name, inputs, outputs, domain=OWN_DOMAIN, **attributes)
         return list(outputs)
 
     def input(self, name: str, kind: DTypeLike, sizes: Sequence[int | str]) -> None:

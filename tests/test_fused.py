@@ -37,17 +37,18 @@ SETTINGS = settings(max_examples=40, deadline=None)
 def test_it_is_built_of_the_files_that_are_here() -> None:
     """An installation that does not compile leaves an older library where it was."""
     assert LIBRARY is not None
-    sources = [Path(fused.__file__).parent / name for name in ("fused.c", "fused_loops.h", "custom_op.h")]
+    sources = [Path(fused.__file__).parent / name for name in ("fused.c", "fused.h", "fused_loops.h", "custom_op.h")]
     assert LIBRARY.stat().st_mtime >= max(source.stat().st_mtime for source in sources), "install edgeguard again"
 
 
-def results(function: Function, given: Values, *, ours: bool, threads: int = 2) -> list[NDArray[Any]]:
+def results(function: Function, given: Values, *, ours: bool, threads: int = 2, **attributes: float) -> list[NDArray[Any]]:
     """Of a graph of one function, by our kernel or taken apart."""
     body = Nodes()
     outputs = list(function.body(body, *function.inputs))
     opsets = [helper.make_opsetid(domain, version) for domain, version in {**OPSETS, "edgeguard": 1}.items()]
-    made = helper.make_function("edgeguard", function.name, function.inputs, outputs, body._nodes, opsets[:-1])
-    node = helper.make_node(function.name, function.inputs, [f"y{place}" for place in range(len(outputs))], domain="edgeguard")
+    made = helper.make_function("edgeguard", function.name, function.inputs, outputs, body._nodes, opsets[:-1], function.attributes)
+    names = [f"y{place}" for place in range(len(outputs))]
+    node = helper.make_node(function.name, function.inputs, names, domain="edgeguard", **attributes)
     inputs = [helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), [None] * value.ndim)
               for name, value in given.items()]
     graph = helper.make_graph([node], "one", inputs, [helper.ValueInfoProto(name=name) for name in node.output])
@@ -88,6 +89,17 @@ def test_sums_and_gates_are_those_of_the_runtime(seed: int, tokens: int, width: 
                              (functions.GATE_IN_STEPS, {**gated, "steps": np.abs(drawn(seed, tokens, 1))})):
         (wanted,), (found,) = (results(function, inputs, ours=ours) for ours in (False, True))
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * scale)
+
+
+@SETTINGS
+@given(st.integers(0, 2**32 - 1), st.integers(1, 70), st.integers(8, 600), st.floats(-3, 3), st.sampled_from([1e-5, 1e-6, 0.5]))
+def test_norms_are_those_of_the_runtime(seed: int, tokens: int, width: int, power: float, epsilon: float) -> None:
+    rows = {"residual": drawn(seed, tokens, width) * np.float32(10**power), "change": drawn(seed + 1, tokens, width),
+            "weight": drawn(seed + 2, width)}
+    for function, inputs in ((functions.NORM, rows), (functions.NORM_IN_STEPS, {**rows, "steps": np.abs(drawn(seed, tokens, 1))})):
+        wanted, found = (results(function, inputs, ours=ours, epsilon=epsilon) for ours in (False, True))
+        for one, other in zip(wanted, found, strict=True):
+            np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-5 * 10**max(power, 0))
 
 
 def lanes(seed: int, heads: int, kv_heads: int, width: int, past: int, counts: Sequence[int],
@@ -236,10 +248,10 @@ class TestTrial:
 
     @pytest.mark.skipif(shutil.which("gcc") is None, reason="needs GCC")
     @pytest.mark.parametrize(("file", "right", "wrong"), [
-        ("fused.c", "a->padded; /* elsewhere", "a->width / 2; /* elsewhere"),
-        ("fused.c", "memset(copy + a->width, 0,", "memset(copy + a->width, 255,"),
-        ("fused.c", "case 1: function(__VA_ARGS__, 1); break;", "case 1: break;"),
-        ("fused.c", "case 2: function(__VA_ARGS__, 2); break;", "case 2: function(__VA_ARGS__, 1); break;"),
+        ("fused.h", "a->padded; /* elsewhere", "a->width / 2; /* elsewhere"),
+        ("fused.h", "memset(copy + a->width, 0,", "memset(copy + a->width, 255,"),
+        ("fused.h", "case 1: function(__VA_ARGS__, 1); break;", "case 1: break;"),
+        ("fused.h", "case 2: function(__VA_ARGS__, 2); break;", "case 2: function(__VA_ARGS__, 1); break;"),
         ("fused.c", "memset(out + a->width, 0,", "memset(out + a->width, 255,"),
         ("fused_loops.h", "UNLESS_NAN(x, UNLESS_LESS", "(UNLESS_LESS"),
         ("fused_loops.h", "bits &= 0x7fffffff;", "bits &= 0x7f7fffff;"),
@@ -279,3 +291,12 @@ def test_graphs_without_our_functions_do_without_them(tmp_path: Path) -> None:
     assert session.kernel.fused == LIBRARY and session.kernel.name == "float, fused" and "edgeguard" in domains(model)
     model.write_bytes(int8_product(np.ones((4, 4), np.int8), np.ones(4, np.float32)))
     assert Session(model, "fp32", "cpu", None).kernel == kernels.FLOAT and "edgeguard" not in domains(model)
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_the_cpu_has_them_where_another_device_was_wanted_and_not_granted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` where the runtime has CUDA and the machine does not."""
+    build(RandomWeights(SHAPE), tmp_path, precision="fp32", head_ids=HEAD)
+    monkeypatch.setattr(onnx_session, "_devices", lambda *_: ["cuda", "cpu"])
+    session = Session(tmp_path / "model.onnx", "fp32", "auto", None)
+    assert (session.device, session.kernel.fused) == ("cpu", LIBRARY) and "cuda" in session.fallbacks[0]

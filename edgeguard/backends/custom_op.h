@@ -15,6 +15,7 @@ enum { /* places in OrtApi, which functions keep for ever */
     SIZES = 62,               /* GetDimensions */
     COUNT = 64,               /* GetTensorShapeElementCount */
     TYPE_AND_SHAPE = 65,      /* GetTensorTypeAndShape */
+    NUMBER = 85,              /* KernelInfoGetAttribute_float */
     WHOLE_NUMBER = 86,        /* KernelInfoGetAttribute_int64 */
     INPUT = 90,               /* KernelContext_GetInput */
     OUTPUT = 91,              /* KernelContext_GetOutput */
@@ -108,8 +109,8 @@ static int one(const void *operator) { return (void)operator, 1; }
 static int most(const void *operator) { return (void)operator, INT32_MAX; }
 #define OPERATOR(create, compute, destroy) \
     { API_VERSION, NULL, name_of, no_provider, input_type, inputs_of_it, output_type, outputs_of_it, NULL, destroy, \
-      input_kind, zero, zero /* outputs are required, and all is in ordinary memory */, { one, one, one, one } /* not asked for */, create, compute, NULL, \
-      one, most }
+      input_kind, zero, zero /* outputs are required, and all is in ordinary memory */, { one, one, one, one } /* not asked for */, \
+      create, compute, NULL, one, most }
 
 /* For a session that a library is registered with. */
 static Status *add_operators(void *options, const Base *base, const char *name, const Described *operators, size_t count) {
@@ -118,6 +119,7 @@ static Status *add_operators(void *options, const Base *base, const char *name, 
     api = offered ? offered : base->api(1);
     if (!offered) return failed("edgeguard: an ONNX Runtime that is too old");
     TRY(CALL(CREATE_DOMAIN, Status *, (const char *, void **), name, &domain));
-    for (size_t i = 0; i < count; i++) TRY(CALL(ADD_OPERATOR, Status *, (void *, const void *), domain, &operators[i].operator));
+    for (size_t i = 0; i < count; i++)
+        TRY(CALL(ADD_OPERATOR, Status *, (void *, const void *), domain, &operators[i].operator));
     return CALL(ADD_DOMAIN, Status *, (void *, void *), options, domain);
 }

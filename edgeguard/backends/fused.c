@@ -10,87 +10,7 @@ In all of them a token's result depends on no other token of the pass, but what 
 #error "a compiler that takes no number for NaN would lose it"
 #endif
 
-#include <immintrin.h>
-#include <math.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include "custom_op.h"
-
-#define MAGIC 12582912.0f /* 1.5 * 2^23: what is added to it is rounded to a whole number, in its lowest bits */
-#define TINY 1e-30f       /* smaller magnitudes are taken for it */
-#define STEP (float)(1.0 / 127)
-#define FINER (float)(1.0 / 254)
-enum { PARTS = 4, TERMS = 2 /* of a row in parts, of one read finely */ };
-
-/* ---- attention ---- */
-
-enum { QUERY, KEY, VALUE, PAST_KEYS, PAST_VALUES, ASKED_AT, ASKED_COSINES, ASKED_SINES, AT, COSINES, SINES, QUERIES, PLACES, KEYS_SEEN, MASK,
-       QUERY_STEPS, STEPS, ATTENTION_INPUTS };
-enum { KEYS = 32 /* read at a time */, ROWS = 3 /* queries whose sums are in registers */, FEW = 8 /* for which keys are not copied together */,
-       MOST_ROWS = 96, MOST_SCORES = 3 << 17 /* of a stretch */ };
-
-typedef struct {
-    Tensor in[ATTENTION_INPUTS];
-    int64_t heads, key_heads, group, width, padded /* of a head */, tokens, asked, past, lanes, depth, columns;
-    float *turned; /* queries (asked, heads, padded), after RoPE, scaled */
-    float *new_keys, *new_values, *out;
-    struct Stretch *stretches;
-    int failed;
-} Attention;
-
-typedef struct Stretch { /* tokens of one lane that a thread takes together */
-    int64_t lane, first, count, seen; /* keys up to the last one that is seen by any of them */
-} Stretch;
-
-typedef struct { /* of one stretch and key head */
-    const float **queries, *at[KEYS];
-    int64_t *seen, stride;
-    float *scores, *out, *sums, *together;
-} Room;
-
-static const int64_t *whole(const Attention *a, int input) { return a->in[input].data; }
-
-/* Points `at` to some keys or values of a lane, to the last of them again up to a multiple of four; gives how many there are. */
-static int64_t find(const Attention *a, const Stretch *of, int64_t head, int64_t first, int past, Room *room) {
-    const int64_t count = least(of->seen - first, KEYS), *rows = whole(a, KEYS_SEEN) + of->lane * a->columns + first;
-    const float *old = a->in[past].data, *new = past == PAST_KEYS ? a->new_keys : a->new_values;
-    for (int64_t i = 0; i < count; i++) {
-        const float *row = rows[i] < a->past ? old + rows[i] * a->key_heads * a->width : new + (rows[i] - a->past) * a->key_heads * a->width;
-        room->at[i] = row + head * a->width;
-        if (of->count * a->group <= FEW && a->width == a->padded) continue;
-        float *copy = room->together + i * a->padded; /* elsewhere rows lie so far apart that they fall on the same lines of a cache */
-        memcpy(copy, room->at[i], (size_t)a->width * sizeof *copy);
-        memset(copy + a->width, 0, (size_t)(a->padded - a->width) * sizeof *copy);
-        room->at[i] = copy;
-    }
-    for (int64_t i = count; i < parts(count, 4) * 4; i++) room->at[i] = room->at[count - 1];
-    return count;
-}
-
-/* ---- the loops, for two widths of vectors ---- */
-
-typedef struct {
-    float (*quantise)(const float *x, int64_t count, uint8_t *out);
-    void (*quantise_rest)(const float *x, int64_t count, float step, const uint8_t *coarse, uint8_t *out);
-    void (*combine)(const float *const *products, const float *steps, int64_t terms, int64_t count, float *out);
-    void (*gate)(const float *x, const float *up, float step, int64_t count, float *out);
-    void (*turn)(const float *x, const float *cosines, const float *sines, int64_t half, float scale, float *out);
-    void (*attend)(const Attention *a, const Stretch *of, int64_t head, Room *room);
-} Loops;
-
-/* Calls the variant of a function for as many rows. */
-#define BY_ROWS(count, function, ...) \
-    switch (least(count, ROWS)) { \
-        case 1: function(__VA_ARGS__, 1); break; \
-        case 2: function(__VA_ARGS__, 2); break; \
-        default: function(__VA_ARGS__, ROWS); \
-    }
-#define WIDE 8
-#include "fused_loops.h"
-#define WIDE 16
-#include "fused_loops.h"
-static const Loops *loops = &loops_8; /* the widest that the processor has */
+#include "fused.h"
 
 /* ---- operators that work row by row ---- */
 
@@ -193,6 +113,33 @@ static Status *gate(void *operator, void *context) {
     TRY(output(context, 0, x.sizes, 2, (void **)&g.out));
     return for_rows(context, gate_row, x.sizes[0], 8 * g.width, &g);
 }
+
+typedef struct { const float *x, *change, *steps, *weights; float epsilon, *sum, *out; int64_t width; } Normed;
+
+static void norm_row(void *what, size_t row) {
+    const Normed *n = what;
+    const int64_t at = (int64_t)row * n->width;
+    loops->norm(n->x + at, n->change + at, n->steps ? n->steps[row] : 1, n->weights, n->epsilon, n->width, n->sum + at, n->out + at);
+}
+
+static Status *norm(const float *epsilon, void *context, int in_steps) {
+    Tensor x, change, weights, steps = { .data = NULL };
+    TRY(input_of(context, 0, &x));
+    TRY(input_of(context, 1, &change));
+    TRY(input_of(context, 2, &weights));
+    if (in_steps) TRY(input_of(context, 3, &steps));
+    const int fits = x.rank == 2 && change.rank == 2 && x.count == change.count && x.sizes[1] == change.sizes[1];
+    if (!fits || (int64_t)weights.count != x.sizes[1] || (in_steps && (int64_t)steps.count != x.sizes[0]))
+        return failed("edgeguard: rows of another shape");
+    Normed n = { .x = x.data, .change = change.data, .steps = steps.data, .weights = weights.data, .epsilon = *epsilon,
+                 .width = x.sizes[1] };
+    TRY(output(context, 0, x.sizes, 2, (void **)&n.out));
+    TRY(output(context, 1, x.sizes, 2, (void **)&n.sum));
+    return for_rows(context, norm_row, x.sizes[0], 2 * n.width, &n);
+}
+
+static Status *norm_plainly(void *epsilon, void *context) { return norm(epsilon, context, 0); }
+static Status *norm_in_steps(void *epsilon, void *context) { return norm(epsilon, context, 1); }
 
 /* ---- attention ---- */
 
@@ -299,16 +246,19 @@ static Status *inputs_of_attention(const void *operator, const void *context, At
     for (size_t i = 0; i < inputs_of_it(operator); i++) TRY(input_of(context, i, &in[i]));
     if (in[QUERY].rank != 2 || in[PAST_KEYS].rank != 3 || in[KEYS_SEEN].rank != 2 || in[QUERIES].rank != 2)
         return failed("edgeguard: attention over another number of sizes");
-    a->asked = in[QUERY].sizes[0], a->past = in[PAST_KEYS].sizes[0], a->key_heads = in[PAST_KEYS].sizes[1], a->width = in[PAST_KEYS].sizes[2];
-    a->tokens = in[KEY].sizes[0], a->lanes = in[QUERIES].sizes[0], a->depth = in[QUERIES].sizes[1], a->columns = in[KEYS_SEEN].sizes[1];
+    const int64_t *past = in[PAST_KEYS].sizes;
+    a->past = past[0], a->key_heads = past[1], a->width = past[2], a->asked = in[QUERY].sizes[0], a->tokens = in[KEY].sizes[0];
+    a->lanes = in[QUERIES].sizes[0], a->depth = in[QUERIES].sizes[1], a->columns = in[KEYS_SEEN].sizes[1];
     a->heads = a->width ? in[QUERY].sizes[1] / a->width : 0, a->group = a->key_heads ? a->heads / a->key_heads : 0;
     a->padded = parts(a->width, 64) * 64; /* four vectors of either width */
     const int64_t keys = a->key_heads * a->width, half = a->width / 2;
     const int fits = a->group > 0 && a->columns > 0 && a->depth > 0 && a->width % 2 == 0 && a->heads == a->group * a->key_heads &&
-        has(&in[QUERY], 2, a->asked, a->heads * a->width, 0) && has(&in[KEY], 2, a->tokens, keys, 0) && has(&in[VALUE], 2, a->tokens, keys, 0) &&
+        has(&in[QUERY], 2, a->asked, a->heads * a->width, 0) &&
+        has(&in[KEY], 2, a->tokens, keys, 0) && has(&in[VALUE], 2, a->tokens, keys, 0) &&
         has(&in[PAST_VALUES], 3, a->past, a->key_heads, a->width) && has(&in[KEYS_SEEN], 2, a->lanes, a->columns, 0) &&
         has(&in[MASK], 3, a->lanes, a->group * a->depth, a->columns) && (int64_t)in[PLACES].count == a->asked &&
-        (int64_t)in[ASKED_AT].count == a->asked && (int64_t)in[AT].count == a->tokens && in[COSINES].rank == 2 && in[ASKED_COSINES].rank == 2 &&
+        (int64_t)in[ASKED_AT].count == a->asked && (int64_t)in[AT].count == a->tokens &&
+        in[COSINES].rank == 2 && in[ASKED_COSINES].rank == 2 &&
         has(&in[SINES], 2, in[COSINES].sizes[0], half, 0) && has(&in[ASKED_SINES], 2, in[ASKED_COSINES].sizes[0], half, 0) &&
         in[COSINES].sizes[1] == half && in[ASKED_COSINES].sizes[1] == half &&
         (inputs_of_it(operator) == QUERY_STEPS || ((int64_t)in[STEPS].count == a->tokens && (int64_t)in[QUERY_STEPS].count == a->asked));
@@ -346,6 +296,14 @@ static Status *itself(const void *operator, const Function *unused, const void *
     return *kernel = (void *)operator, NULL;
 }
 static void nothing_to_free(void *operator) { (void)operator; }
+static Status *its_epsilon(const void *operator, const Function *unused, const void *info, void **kernel) {
+    (void)operator, (void)unused;
+    *kernel = malloc(sizeof(float));
+    if (!*kernel) return failed("edgeguard: out of memory");
+    Status *status = CALL(NUMBER, Status *, (const void *, const char *, float *), info, "epsilon", *kernel);
+    if (status) free(*kernel);
+    return status;
+}
 #define FUSED(compute) OPERATOR(itself, compute, nothing_to_free)
 #define ATTENTION_TYPES \
     FLOAT, FLOAT, FLOAT, FLOAT, FLOAT, INT64, FLOAT, FLOAT, INT64, FLOAT, FLOAT, INT64, INT64, INT64, FLOAT /* up to the mask */
@@ -357,6 +315,8 @@ static const Described fused[] = {
     { FUSED(combine_finely), "CombineFinely", 2, 1, 0, { FLOAT, FLOAT }, { FLOAT } },
     { FUSED(gate), "Gate", 2, 1, 0, { FLOAT, FLOAT }, { FLOAT } },
     { FUSED(gate), "GateInSteps", 3, 1, 0, { FLOAT, FLOAT, FLOAT }, { FLOAT } },
+    { OPERATOR(its_epsilon, norm_plainly, free), "Norm", 3, 2, 0, { FLOAT, FLOAT, FLOAT }, { FLOAT, FLOAT } },
+    { OPERATOR(its_epsilon, norm_in_steps, free), "NormInSteps", 4, 2, 0, { FLOAT, FLOAT, FLOAT, FLOAT }, { FLOAT, FLOAT } },
     { FUSED(attention), "Attention", QUERY_STEPS, 3, 0, { ATTENTION_TYPES }, { FLOAT, FLOAT, FLOAT } },
     { FUSED(attention), "AttentionInSteps", ATTENTION_INPUTS, 3, 0, { ATTENTION_TYPES, FLOAT, FLOAT }, { FLOAT, FLOAT, FLOAT } },
 };

@@ -25,6 +25,7 @@ Compute: TypeAlias = "Callable[[bytes, Kernel, Values], Values]"
 NEEDS = frozenset({"avx2", "fma"})
 PARTS, TERMS = 4, 2
 STEP, FINER, TINY = np.float32(1 / 127), np.float32(1 / 254), np.float32(1e-30)
+EPSILON = 1e-5
 CLOSE = 1e-5
 """How far sums of a trial may be from NumPy's, relative to numbers around 1."""
 BROKEN = np.array([0x7FC00000, 0x7FC00001, 0x7F800001, 0xFFFFFFFF, 0x7F800000, 0xFF800000], np.uint32).view(np.float32)
@@ -44,11 +45,14 @@ NODES = (
     Node("CombineFinely", ("term_steps", "products"), ("finely",)),
     Node("Gate", ("rows", "up"), ("gated",)),
     Node("GateInSteps", ("rows", "up", "multiples"), ("gated_in_steps",)),
+    Node("Norm", ("residual", "up", "weights"), ("normed", "sum"), numbers={"epsilon": EPSILON}),
+    Node("NormInSteps", ("residual", "up", "weights", "multiples"), ("normed_in_steps", "sum_in_steps"), numbers={"epsilon": EPSILON}),
     Node("Attention", _attention(), ("seen", "new_key", "new_value")),
     Node("AttentionInSteps", (*_attention("long_"), "long_multiples", "long_multiples"), ("long_seen", "long_new_key", "long_new_value")),
     Node("Quantise", ("broken", "broken_zeros"), ("_0", "broken_steps")),
     Node("QuantiseFinely", ("broken", "broken_zeros"), ("_1", "broken_term_steps")),
     Node("Gate", ("broken", "broken"), ("broken_gated",)),
+    Node("Norm", ("broken", "broken", "broken_weights"), ("broken_normed", "_4"), numbers={"epsilon": EPSILON}),
     Node("Attention", _attention(past_key="broken_key"), ("broken_seen", "_2", "_3")),
 )
 
@@ -97,7 +101,8 @@ def _is_right(found: NDArray[Any], wanted: NDArray[Any]) -> bool:
 def _are_broken(found: Values) -> bool:
     """What was computed from a NaN or an infinity is no ordinary number."""
     gated = found["broken_gated"][np.isnan(BROKEN), 5]
-    return not any(np.isfinite(each).any() for each in (found["broken_steps"], found["broken_term_steps"], gated, found["broken_seen"]))
+    whole = (found[f"broken_{name}"] for name in ("steps", "term_steps", "seen"))
+    return not any(np.isfinite(each).any() for each in (*whole, gated, found["broken_normed"][:, 5]))
 
 
 def _given() -> dict[str, NDArray[Any]]:
@@ -112,7 +117,8 @@ def _given() -> dict[str, NDArray[Any]]:
     return {
         "rows": rows, "zeros": np.full(tokens, 128, np.uint8), "up": _drawn(2, tokens, 300), "product": _drawn(3, tokens, 1, 37),
         "products": _drawn(4, tokens, TERMS, 37), "multiples": _multiples(tokens),
-        "broken": broken, "broken_zeros": np.full(len(BROKEN), 128, np.uint8), **short,
+        "broken": broken, "broken_zeros": np.full(len(BROKEN), 128, np.uint8), "broken_weights": _drawn(10, 40),
+        "residual": _drawn(11, tokens, 300), "weights": _drawn(12, 300), **short,
         "broken_key": np.full_like(short["past_key"], BROKEN[1]),
         **{f"long_{name}": each for name, each in long.items()}, "long_multiples": _multiples(len(long["query"])),
     }
@@ -162,6 +168,7 @@ def _wanted(given: Values) -> dict[str, NDArray[Any]]:
         "gated": _gated(rows, given["up"]), "gated_in_steps": _gated(rows * multiples, given["up"] * multiples),
         "combined": part_steps.astype(np.float64).sum(1) * given["product"][:, 0],
         "finely": (term_steps.astype(np.float64) * given["products"]).sum(1),
+        **_normed(given, given["up"]), **_normed(given, given["up"] * multiples, "_in_steps"),
         **_attended(given), **{f"long_{name}": each for name, each in _attended(long).items()},
     }
 
@@ -172,8 +179,14 @@ def _quantised(rows: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np
 
 
 def _gated(x: NDArray[np.float32], up: NDArray[np.float32]) -> NDArray[np.float64]:
-    x_ = x.astype(np.float64)
-    return x_ / (1 + np.exp(-np.clip(x_, -500, 500))) * up
+    gate = x.astype(np.float64)
+    return np.asarray(gate / (1 + np.exp(-np.clip(gate, -500, 500))) * up)
+
+
+def _normed(given: Values, change: NDArray[np.float32], name: str = "") -> dict[str, NDArray[Any]]:
+    total = given["residual"].astype(np.float64) + change
+    scale = 1 / np.sqrt((total**2).mean(1, keepdims=True) + EPSILON)
+    return {f"normed{name}": total * scale * given["weights"], f"sum{name}": total}
 
 
 def _attended(given: Values) -> dict[str, NDArray[Any]]:

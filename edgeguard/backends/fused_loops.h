@@ -97,6 +97,27 @@ LOOP void NAME(gate)(const float *x, const float *up, float step, int64_t count,
     }
 }
 
+/* A row and another one in steps, added up, and the RMSNorm of the sum. */
+LOOP void NAME(norm)(const float *x, const float *change, float step, const float *weights, float epsilon, int64_t count, float *sum,
+                     float *out) {
+    V squares = SET(0);
+    float each[WIDE], total = 0;
+    int64_t i = 0;
+    for (; i + WIDE <= count; i += WIDE) {
+        const V value = FMA(LOAD(change + i), SET(step), LOAD(x + i));
+        STORE(sum + i, value);
+        squares = FMA(value, value, squares);
+    }
+    for (; i < count; i++) {
+        sum[i] = __builtin_fmaf(change[i], step, x[i]);
+        total += sum[i] * sum[i];
+    }
+    STORE(each, squares);
+    for (int lane = 0; lane < WIDE; lane++) total += each[lane];
+    const float scale = 1 / sqrtf(total / (float)count + epsilon) + 0 * total; /* squares that overflow are NaN, not 0 */
+    for (i = 0; i < count; i++) out[i] = sum[i] * scale * weights[i];
+}
+
 /* RoPE, times a scale. */
 LOOP void NAME(turn)(const float *x, const float *cosines, const float *sines, int64_t half, float scale, float *out) {
     for (int64_t i = 0; i < half; i++) {
@@ -116,7 +137,8 @@ INLINE __m128 NAME(sums_of)(const V *each) {
 }
 
 /* Scores of a few queries, one for each row, with four keys. */
-INLINE void NAME(score)(const float *const *queries, const float *const *keys, int64_t width, float *scores, int64_t stride, const int rows) {
+INLINE void NAME(score)(const float *const *queries, const float *const *keys, int64_t width, float *scores, int64_t stride,
+                        const int rows) {
     V sums[ROWS][4];
     for (int row = 0; row < rows; row++) for (int key = 0; key < 4; key++) sums[row][key] = SET(0);
     for (int64_t i = 0; i < width; i += WIDE) {
@@ -172,7 +194,8 @@ LOOP void NAME(attend)(const Attention *a, const Stretch *of, int64_t head, Room
         const int64_t count = find(a, of, head, key, PAST_KEYS, room);
         for (int64_t row = 0; row < rows; row += ROWS)
             for (int64_t four = 0; four < count; four += 4)
-                BY_ROWS(rows - row, NAME(score), room->queries + row, room->at + four, width, room->scores + row * stride + key + four, stride)
+                BY_ROWS(rows - row, NAME(score), room->queries + row, room->at + four, width,
+                        room->scores + row * stride + key + four, stride)
     }
     for (int64_t row = 0; row < rows; row++)
         room->sums[row] = NAME(shares_of)(room->scores + row * stride, room->seen[row / a->group], stride);
@@ -186,7 +209,7 @@ LOOP void NAME(attend)(const Attention *a, const Stretch *of, int64_t head, Room
     }
 }
 
-static const Loops NAME(loops) = { NAME(quantise), NAME(quantise_rest), NAME(combine), NAME(gate), NAME(turn), NAME(attend) };
+static const Loops NAME(loops) = { NAME(quantise), NAME(quantise_rest), NAME(combine), NAME(gate), NAME(norm), NAME(turn), NAME(attend) };
 
 #undef V
 #undef NAME

@@ -6,6 +6,7 @@ Field numbers: https://github.com/onnx/onnx/blob/main/onnx/onnx.proto; wire form
 from __future__ import annotations
 
 import mmap
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -94,7 +95,7 @@ class Node:
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     domain: str = OWN_DOMAIN
-    numbers: Mapping[str, int] = field(default_factory=dict)
+    numbers: Mapping[str, int | float] = field(default_factory=dict)
     """Attributes."""
 
 
@@ -131,9 +132,16 @@ def _model(nodes: Sequence[Node], tensors: Mapping[str, NDArray[Any]], inputs: M
 
 
 def _node(node: Node) -> bytes:
-    attributes = [_field(5, _field(1, name) + _field(3, number) + _field(20, 2)) for name, number in node.numbers.items()]
+    attributes = [_field(5, _field(1, name) + _number(number)) for name, number in node.numbers.items()]
     named = [*(_field(1, name) for name in node.inputs), *(_field(2, name) for name in node.outputs)]
     return b"".join([*named, _field(4, node.operator), *attributes, _field(7, node.domain)])
+
+
+def _number(value: float) -> bytes:
+    """An attribute's value and type."""
+    if isinstance(value, int):
+        return _field(3, value) + _field(20, 2)
+    return _varint(2 << 3 | 5) + struct.pack("<f", value) + _field(20, 1)
 
 
 _TYPES = {np.dtype(np.float32): FLOAT, np.dtype(np.uint8): 2, np.dtype(np.int8): 3, np.dtype(np.int64): 7}
