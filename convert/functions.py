@@ -1,29 +1,22 @@
 """What lies between a guard graph's products, as functions of ONNX, so that a runtime may have one kernel for each (`backends/fused.c`).
 
-Rows are float32 (T, width). Bytes, less 128, are what they stand for in steps, a 127th of the largest magnitude of their row. `zeros`
-are the zero points of as many rows.
+Rows are float32 (T, width). A byte b stands for b - 128 steps; a step is a 127th of the largest magnitude of its row. `zeros` are the
+zero points of as many rows. A kernel is found by its name alone: a function that comes to mean something else gets another name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
-from edgeguard.architecture import Shape
-from edgeguard.convert.onnx_writer import THE_FUNCTIONS, Function, Nodes
-
-PARTS = 4
-"""Parts of what a down projection reads in 8 bits, each with its own largest: outliers, others for each token, coarsen one part only."""
-TERMS = 2
-"""Of what is read finely: the bytes of a row, and those of what their rounding leaves."""
-STEP, ZERO = np.float32(1 / 127), np.uint8(128)  # of the largest, and the byte that stands for 0
-FINER = np.float32(1 / 254)  # a step of the second term over one of the first, whose rounding leaves half a step up or down
-TINY = np.float32(1e-30)  # smaller magnitudes are taken for it
+from edgeguard.backends.fused import FINER, PARTS, STEP, TERMS, TINY
+from edgeguard.convert.onnx_writer import FROM_CALL, Function, Nodes
 
 
 def _steps(nodes: Nodes, rows: str) -> str:
-    """A step of 8 bits for each row, not finite where a number is not: quantised it would be an ordinary one."""
+    """A step of 8 bits for each row, not finite where a number (or the sum) is not: quantised it would be an ordinary one."""
     within = nodes.constant([-1])  # two reductions are faster than writing all magnitudes
     most, least, total = (nodes.node(f"Reduce{word}", [rows, within], keepdims=0) for word in ("Max", "Min", "Sum"))
     largest = nodes.node("Max", [most, nodes.node("Neg", [least]), nodes.constant(TINY)])
@@ -40,6 +33,7 @@ QUANTISE = Function("Quantise", ("rows", "zeros"), _quantise)
 """Bytes (T, width) and steps (T, 1)."""
 
 
+@cache
 def quantise_parts(width: int) -> Function:
     """`PARTS` of bytes (T, 1, width / PARTS), and steps (T, PARTS, 1)."""
     def body(nodes: Nodes, rows: str, zeros: str) -> Sequence[str]:
@@ -93,7 +87,7 @@ GATE_IN_STEPS = Function("GateInSteps", ("gate", "up", "steps"), lambda nodes, g
 
 def _add_and_norm(nodes: Nodes, residual: str, change: str, weight: str) -> Sequence[str]:
     outputs = [nodes.fresh("normed"), "", "", nodes.fresh("sum")]
-    nodes.node("SkipSimplifiedLayerNormalization", [residual, change, weight], outputs, domain="com.microsoft", epsilon=THE_FUNCTIONS)
+    nodes.node("SkipSimplifiedLayerNormalization", [residual, change, weight], outputs, domain="com.microsoft", epsilon=FROM_CALL)
     return outputs[0], outputs[3]
 
 
@@ -104,7 +98,8 @@ NORM_IN_STEPS = Function("NormInSteps", ("residual", "change", "weight", "steps"
 """The same with a change that is still to be multiplied by steps (T, 1)."""
 
 
-def attention(shape: Shape, *, in_steps: bool = False) -> Function:
+@cache
+def attention(heads: int, kv_heads: int, head_dim: int, *, in_steps: bool = False) -> Function:
     """Grouped-query attention of some tokens: what they attended to (A, heads * head_dim), and new keys (after RoPE) and values.
 
     Queries (A, heads * head_dim) before RoPE, keys and values (T, kv_heads * head_dim) of the pass, and those of the past (P, kv_heads,
@@ -120,27 +115,27 @@ def attention(shape: Shape, *, in_steps: bool = False) -> Function:
         given = dict(zip(inputs, names, strict=True))
         for name, steps in (("query", "query_steps"), ("key", "steps"), ("value", "steps")) if in_steps else ():
             given[name] = nodes.node("Mul", [given[name], given[steps]])
-        return _attention(nodes, shape, given)
+        return _attention(nodes, heads, kv_heads, head_dim, given)
 
     return Function("AttentionInSteps" if in_steps else "Attention", inputs, body)
 
 
-def _attention(nodes: Nodes, shape: Shape, given: dict[str, str]) -> Sequence[str]:
-    group = shape.heads // shape.kv_heads
-    query = _rotated(nodes, given["query"], shape.heads, given["asked_at"], given["asked_cosines"], given["asked_sines"])
-    key = _rotated(nodes, given["key"], shape.kv_heads, given["at"], given["cosines"], given["sines"])
-    heads = nodes.constant([0, shape.kv_heads, shape.head_dim])
-    new_key, new_value = (nodes.node("Reshape", [each, heads]) for each in (key, given["value"]))
-    query = nodes.node("Reshape", [query, nodes.constant([0, shape.kv_heads, group, shape.head_dim])])
+def _attention(nodes: Nodes, heads: int, kv_heads: int, head_dim: int, given: dict[str, str]) -> Sequence[str]:
+    group = heads // kv_heads
+    query = _rotated(nodes, given["query"], heads, given["asked_at"], given["asked_cosines"], given["asked_sines"])
+    key = _rotated(nodes, given["key"], kv_heads, given["at"], given["cosines"], given["sines"])
+    split = nodes.constant([0, kv_heads, head_dim])
+    new_key, new_value = (nodes.node("Reshape", [each, split]) for each in (key, given["value"]))
+    query = nodes.node("Reshape", [query, nodes.constant([0, kv_heads, group, head_dim])])
     query = nodes.node("Transpose", [nodes.node("Gather", [query, given["queries"]])], perm=[2, 0, 3, 1, 4])
-    query = nodes.node("Reshape", [query, nodes.constant([shape.kv_heads, 0, -1, shape.head_dim])])
+    query = nodes.node("Reshape", [query, nodes.constant([kv_heads, 0, -1, head_dim])])
     keys, values = _joined(nodes, given["past_key"], new_key, given["keys"]), _joined(nodes, given["past_value"], new_value, given["keys"])
-    scores = nodes.node("FusedMatMul", [query, keys], domain="com.microsoft", transB=1, alpha=float(shape.head_dim**-0.5))
+    scores = nodes.node("FusedMatMul", [query, keys], domain="com.microsoft", transB=1, alpha=float(head_dim**-0.5))
     shares = nodes.node("Softmax", [nodes.node("Add", [scores, given["mask"]])], axis=-1)
     seen = nodes.node("MatMul", [shares, values])
-    seen = nodes.node("Reshape", [seen, nodes.constant([shape.kv_heads, 0, group, -1, shape.head_dim])])
+    seen = nodes.node("Reshape", [seen, nodes.constant([kv_heads, 0, group, -1, head_dim])])
     seen = nodes.node("Transpose", [seen], perm=[1, 3, 0, 2, 4])
-    seen = nodes.node("Reshape", [seen, nodes.constant([-1, shape.heads * shape.head_dim])])
+    seen = nodes.node("Reshape", [seen, nodes.constant([-1, heads * head_dim])])
     return nodes.node("Gather", [seen, given["places"]]), new_key, new_value
 
 

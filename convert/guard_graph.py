@@ -26,6 +26,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from edgeguard.backends.fused import PARTS, ZERO
 from edgeguard.backends.reference import inverse_frequencies
 from edgeguard.convert import functions
 from edgeguard.convert.onnx_writer import GraphWriter
@@ -82,7 +83,7 @@ def build(weights: Weights, out_folder: Path, *, precision: Precision, head_ids:
     with an `identity` (source, settings, builder) a build that was killed is taken up again, see `convert.journal`.
     Raises `ConversionError` for weights that are not finite.
     """
-    layout = {"parts": functions.PARTS, "fine": FINE, "near": NEAR}  # decides which tables there are, and what they are called
+    layout = {"parts": PARTS, "fine": FINE, "near": NEAR}  # decides which tables there are, and what they are called
     graph = GraphWriter(out_folder, MODEL, DATA, None if identity is None else {**identity, **layout})
     builder = _Builder(weights, graph, precision, quantised or _nothing, importance or _nothing, threads or default_threads(), progress)
     return builder.build(np.asarray(head_ids, np.int64))
@@ -162,8 +163,8 @@ class _Builder:
             graph.input(f"past_{name}_{layer}", np.float32, ["P", shape.kv_heads, shape.head_dim])
             graph.output(f"new_{name}_{layer}", np.float32, ["T", shape.kv_heads, shape.head_dim])
         inputs = [*products, f"past_key_{layer}", f"past_value_{layer}", *asked.turns, *every.turns,
-                  asked.queries, asked.places, asked.keys, asked.mask, *steps[:2]]
-        attends = functions.attention(shape, in_steps=bool(steps))
+                  asked.queries, asked.places, asked.keys, asked.mask, *steps[:2]]  # values are read as keys are
+        attends = functions.attention(shape.heads, shape.kv_heads, shape.head_dim, in_steps=bool(steps))
         seen = graph.call(attends, inputs, [graph.fresh("seen"), f"new_key_{layer}", f"new_value_{layer}"])[0]
         return self.product(seen, f"{prefix}o_proj.weight")
 
@@ -187,11 +188,9 @@ class _Builder:
 
     def add_and_norm(self, residual: str, change: Product, name: str) -> tuple[str, str]:
         """RMSNorm of the sum, and the sum."""
-        (product, steps), weight = change, self.norm(name)
-        inputs, function = [residual, product, weight], functions.NORM
-        if steps:
-            inputs, function = [*inputs, steps], functions.NORM_IN_STEPS
-        normed, summed = self.graph.call(function, inputs, epsilon=self.shape.rms_eps)
+        product, steps = change
+        inputs = [residual, product, self.norm(name), *([steps] if steps else [])]
+        normed, summed = self.graph.call(functions.NORM_IN_STEPS if steps else functions.NORM, inputs, epsilon=self.shape.rms_eps)
         return normed, summed
 
     def norm(self, name: str) -> str:
@@ -228,7 +227,7 @@ class _Builder:
         return self.graph.tensor(HEAD, np.float32, [len(kept), self.shape.hidden], _finite(HEAD, rows))
 
     def products(self, layers: Sequence[tuple[str, str]]) -> tuple[list[str], list[str]]:
-        """Linear layers that are read together, and what of the rows of each is still to be multiplied by, unless that is done."""
+        """Several linear layers, and the steps that the rows of each are still to be multiplied by; none if they are."""
         found = [self.product(*layer) for layer in layers]
         steps = [each for _, each in found if each]
         if len(steps) == len(layers):
@@ -261,7 +260,7 @@ class _Builder:
         """The product of activations in 8 bits and the step of these, or the sum of several, each times its step."""
         graph, width = self.graph, self.sizes[name][1]
         fine = reads_finely(name, self.shape.layers)
-        parts = functions.PARTS if not fine and name.endswith(DOWN) and width % functions.PARTS == 0 else 1
+        parts = PARTS if not fine and name.endswith(DOWN) and width % PARTS == 0 else 1
         terms, steps = self.read(value, name, parts, fine=fine)
         tables = [self.int8_table(name, tensor, slice(start, start + width // parts)) for start in range(0, width, width // parts)]
         scales = graph.tensor(f"{name}.scale", np.float32, self.sizes[name][:1], [tensor.scales] if tensor else (), "int8")
@@ -289,7 +288,7 @@ class _Builder:
         graph = self.graph
         if (tokens, parts) not in self.zeros:
             count = graph.node("Mul", [graph.node("Shape", [tokens]), graph.constant([parts])])
-            self.zeros[tokens, parts] = graph.node("Expand", [graph.constant(functions.ZERO), count])
+            self.zeros[tokens, parts] = graph.node("Expand", [graph.constant(ZERO), count])
         return self.zeros[tokens, parts]
 
     def int8_table(self, name: str, tensor: QuantisedTensor | None, columns: slice) -> str:
@@ -302,7 +301,7 @@ class _Builder:
         """Of bytes, times the layer's scales; the step of the activations is still to be multiplied."""
         graph = self.graph
         # the weights' zero point is given, to each product one of its own: ONNX Runtime before 1.30 needs it so where it converts weights
-        points = [graph.constant(functions.ZERO), graph.constant(np.int8(0), shared=False)]
+        points = [graph.constant(ZERO), graph.constant(np.int8(0), shared=False)]
         factors = [term, table, graph.constant(np.float32(1)), scales, *points]
         return graph.node("MatMulIntegerToFloat", factors, domain="com.microsoft")
 

@@ -18,9 +18,13 @@ from edgeguard.errors import RuntimeMissingError
 
 OPSETS = {"": 21, "com.microsoft": 1}
 IR_VERSION = 10
-THE_FUNCTIONS = object()
+FROM_CALL = object()
 """In a function's body, for an attribute: a float that each call of the function gives under the same name."""
 PAGE, LINE = 4096, 64  # bytes at which large and small tensors begin, so that runtimes can map them
+
+
+def _opsets(onnx: Any, versions: Mapping[str, int]) -> list[Any]:  # noqa: ANN401
+    return [onnx.helper.make_opsetid(domain, version) for domain, version in versions.items()]
 
 
 class Nodes:
@@ -32,7 +36,7 @@ class Nodes:
         except ImportError as error:
             raise RuntimeMissingError("The package onnx", "convert") from error
         self._onnx = onnx
-        self._nodes: list[Any] = []
+        self.nodes: list[Any] = []
         self._constants: dict[tuple[Any, ...], str] = {}
         self._count = 0
 
@@ -43,25 +47,28 @@ class Nodes:
 
     def node(self, operator: str, inputs: Sequence[str], outputs: Sequence[str] | None = None, *, domain: str = "",
              **attributes: object) -> str:
-        """Add a node; returns its first output, named afresh unless given. An attribute may be `THE_FUNCTIONS`."""
+        """Add a node; returns its first output, named afresh unless given. An attribute may be `FROM_CALL`."""
         outputs = outputs or [self.fresh(operator)]
         node = self._onnx.helper.make_node(operator, inputs, outputs, name=f"{operator}/{outputs[0]}", domain=domain)
         for name, value in attributes.items():
-            if value is THE_FUNCTIONS:
+            if value is FROM_CALL:
                 node.attribute.append(self._onnx.AttributeProto(name=name, ref_attr_name=name, type=self._onnx.AttributeProto.FLOAT))
             else:
                 node.attribute.append(self._onnx.helper.make_attribute(name, value))
-        self._nodes.append(node)
+        self.nodes.append(node)
         return outputs[0]
 
     def constant(self, value: ArrayLike, *, shared: bool = True) -> str:
         """A small array or number (whole numbers are int64); equal ones are stored once if they are `shared`."""
         array = np.asarray(value)
         key = (array.dtype.str, array.shape, array.tobytes())
-        if not shared or key not in self._constants:
-            self._constants[key] = self.fresh("constant")
-            self._keep(self._onnx.numpy_helper.from_array(array, self._constants[key]))
-        return self._constants[key]
+        if shared and key in self._constants:
+            return self._constants[key]
+        name = self.fresh("constant")
+        if shared:
+            self._constants[key] = name
+        self._keep(self._onnx.numpy_helper.from_array(array, name))
+        return name
 
     def _keep(self, tensor: Any) -> None:  # noqa: ANN401  onnx has no types
         """In a function a constant is a node."""
@@ -77,6 +84,13 @@ class Function:
     body: Callable[..., Sequence[str]]
     """Adds nodes to `Nodes`, given the names of the inputs; returns the names of the results."""
     attributes: tuple[str, ...] = ()
+    """Floats that every call gives."""
+
+    def proto(self, onnx: Any) -> Any:  # noqa: ANN401
+        """As ONNX has it."""
+        body = Nodes()
+        results = list(self.body(body, *self.inputs))
+        return onnx.helper.make_function(OWN_DOMAIN, self.name, self.inputs, results, body.nodes, _opsets(onnx, OPSETS), self.attributes)
 
 
 class GraphWriter(Nodes):
@@ -90,7 +104,7 @@ class GraphWriter(Nodes):
         super().__init__()
         self._model, self._data = folder / model, data
         self._file = GrowingFile(folder / data, identity)
-        self._functions: dict[str, Any] = {}
+        self._functions: dict[str, tuple[Function, Any]] = {}
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
         self._tensors: dict[str, Any] = {}
@@ -109,22 +123,16 @@ class GraphWriter(Nodes):
 
     def _serialised(self) -> bytes:
         helper = self._onnx.helper
-        graph = helper.make_graph(self._nodes, "guard", self._inputs, self._outputs, list(self._tensors.values()))
-        model = helper.make_model(graph, functions=list(self._functions.values()), opset_imports=self._opsets({**OPSETS, OWN_DOMAIN: 1}),
-                                  ir_version=IR_VERSION, producer_name="edgeguard")
+        graph = helper.make_graph(self.nodes, "guard", self._inputs, self._outputs, list(self._tensors.values()))
+        model = helper.make_model(graph, functions=[proto for _, proto in self._functions.values()], producer_name="edgeguard",
+                                  opset_imports=_opsets(self._onnx, {**OPSETS, OWN_DOMAIN: 1}), ir_version=IR_VERSION)
         return bytes(model.SerializeToString())
-
-    def _opsets(self, versions: Mapping[str, int]) -> list[Any]:
-        return [self._onnx.helper.make_opsetid(domain, version) for domain, version in versions.items()]
 
     def call(self, function: Function, inputs: Sequence[str], outputs: Sequence[str] | None = None, **attributes: float) -> list[str]:
         """Add a node of a function; returns its outputs, named afresh unless given."""
-        if function.name not in self._functions:
-            body = Nodes()
-            results = list(function.body(body, *function.inputs))
-            self._functions[function.name] = self._onnx.helper.make_function(
-                OWN_DOMAIN, function.name, function.inputs, results, body._nodes, self._opsets(OPSETS), function.attributes)  # noqa: SLF001
-        outputs = outputs or [self.fresh(function.name) for _ in self._functions[function.name].output]
+        known, proto = self._functions.setdefault(function.name, (function, function.proto(self._onnx)))
+        assert known is function, function.name  # noqa: S101  our own logic
+        outputs = outputs or [self.fresh(function.name) for _ in proto.output]
         self.node(function.name, inputs, outputs, domain=OWN_DOMAIN, **attributes)
         return list(outputs)
 

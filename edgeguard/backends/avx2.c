@@ -251,7 +251,7 @@ static Status *create_4(const void *operator, const Function *unused, const void
     (void)operator, (void)unused;
     static const char *names[] = { "bits", "block_size", "accuracy_level", "K", "N" };
     int64_t found[5];
-    for (size_t i = 0; i < 5; i++) TRY(CALL(WHOLE_NUMBER, Status *, (const void *, const char *, int64_t *), info, names[i], &found[i]));
+    for (size_t i = 0; i < 5; i++) TRY(CALL(INT_ATTRIBUTE, Status *, (const void *, const char *, int64_t *), info, names[i], &found[i]));
     if (found[0] != 4 || found[1] != BLOCK) return failed("edgeguard: weights of other than 4 bits in blocks of 32");
     if (found[2] != 4) return failed("edgeguard: activations of other than 8 bits");
     Tensor weights, scales;

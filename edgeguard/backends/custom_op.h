@@ -15,8 +15,8 @@ enum { /* places in OrtApi, which functions keep for ever */
     SIZES = 62,               /* GetDimensions */
     COUNT = 64,               /* GetTensorShapeElementCount */
     TYPE_AND_SHAPE = 65,      /* GetTensorTypeAndShape */
-    NUMBER = 85,              /* KernelInfoGetAttribute_float */
-    WHOLE_NUMBER = 86,        /* KernelInfoGetAttribute_int64 */
+    FLOAT_ATTRIBUTE = 85,     /* KernelInfoGetAttribute_float */
+    INT_ATTRIBUTE = 86,       /* KernelInfoGetAttribute_int64 */
     INPUT = 90,               /* KernelContext_GetInput */
     OUTPUT = 91,              /* KernelContext_GetOutput */
     RELEASE_SHAPE = 99,       /* ReleaseTensorTypeAndShapeInfo */
@@ -50,6 +50,14 @@ static Status *input_of(const void *context, size_t place, Tensor *out) {
     const void *value;
     TRY(CALL(INPUT, Status *, (const void *, size_t, const void **), context, place, &value));
     return tensor(value, out);
+}
+
+/* One that may be missing: its data are NULL then. */
+static Status *optional_input_of(const void *context, size_t place, Tensor *out) {
+    const void *value = NULL;
+    *out = (Tensor){ .data = NULL };
+    TRY(CALL(INPUT, Status *, (const void *, size_t, const void **), context, place, &value));
+    return value ? tensor(value, out) : NULL;
 }
 
 /* Room for a result. */

@@ -9,7 +9,7 @@
 #define UNLESS_NAN(x, value) _mm256_blendv_ps(value, x, _mm256_cmp_ps(x, x, _CMP_UNORD_Q))
 #define TIMES_POWER_OF_2(x, shifted) \
     _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), _mm256_slli_epi32(_mm256_castps_si256(shifted), 23)))
-#define HALVED(x) x
+#define FOLDED(x) x
 #else
 #define V __m512
 #define NAME(name) name##_16
@@ -19,16 +19,8 @@
 #define UNLESS_NAN(x, value) _mm512_mask_mov_ps(value, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), x)
 #define TIMES_POWER_OF_2(x, shifted) \
     _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)))
-#define HALVED(x) _mm256_add_ps(_mm512_castps512_ps256(x), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)))
+#define FOLDED(x) _mm256_add_ps(_mm512_castps512_ps256(x), _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x), 1)))
 #endif
-#define LOOP TARGET static
-#define INLINE TARGET static inline __attribute__((always_inline))
-#define LOAD INTRINSIC(loadu_ps)
-#define STORE INTRINSIC(storeu_ps)
-#define SET INTRINSIC(set1_ps)
-#define FMA INTRINSIC(fmadd_ps)
-#define SMALLER INTRINSIC(min_ps)
-#define LARGER INTRINSIC(max_ps)
 
 /* Cephes' expf, 0 below -87; a NaN stays one. */
 INLINE V NAME(exponential)(V x) {
@@ -119,7 +111,7 @@ LOOP void NAME(norm)(const float *x, const float *change, float step, const floa
 }
 
 /* RoPE, times a scale. */
-LOOP void NAME(turn)(const float *x, const float *cosines, const float *sines, int64_t half, float scale, float *out) {
+LOOP void NAME(rotate)(const float *x, const float *cosines, const float *sines, int64_t half, float scale, float *out) {
     for (int64_t i = 0; i < half; i++) {
         const float low = x[i], high = x[i + half];
         out[i] = (low * cosines[i] - high * sines[i]) * scale;
@@ -131,7 +123,7 @@ LOOP void NAME(turn)(const float *x, const float *cosines, const float *sines, i
 
 /* The sums of four vectors. */
 INLINE __m128 NAME(sums_of)(const V *each) {
-    const __m256 two = _mm256_hadd_ps(HALVED(each[0]), HALVED(each[1])), others = _mm256_hadd_ps(HALVED(each[2]), HALVED(each[3]));
+    const __m256 two = _mm256_hadd_ps(FOLDED(each[0]), FOLDED(each[1])), others = _mm256_hadd_ps(FOLDED(each[2]), FOLDED(each[3]));
     const __m256 four = _mm256_hadd_ps(two, others);
     return _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1));
 }
@@ -153,7 +145,7 @@ INLINE void NAME(score)(const float *const *queries, const float *const *keys, i
 }
 
 /* Adds the values of some keys, in their shares, to four vectors of each row, from a column on. */
-INLINE void NAME(gather)(const float *shares, int64_t stride, const float *const *values, int64_t column, int64_t count, float *out,
+INLINE void NAME(add_values)(const float *shares, int64_t stride, const float *const *values, int64_t column, int64_t count, float *out,
                        int64_t width, const int rows) {
     V sums[ROWS][4];
     for (int row = 0; row < rows; row++) for (int i = 0; i < 4; i++) sums[row][i] = LOAD(out + row * width + column + i * WIDE);
@@ -169,7 +161,7 @@ INLINE void NAME(gather)(const float *shares, int64_t stride, const float *const
 }
 
 /* Scores to shares, which are still to be divided by their sum; 0 behind the keys that are seen. */
-LOOP float NAME(shares_of)(float *scores, int64_t seen, int64_t stride) {
+LOOP float NAME(softmax)(float *scores, int64_t seen, int64_t stride) {
     for (int64_t i = seen; i < stride; i++) scores[i] = -INFINITY;
     float each[WIDE], found = -INFINITY;
     V most = SET(-INFINITY), sums = SET(0);
@@ -191,25 +183,25 @@ LOOP float NAME(shares_of)(float *scores, int64_t seen, int64_t stride) {
 LOOP void NAME(attend)(const Attention *a, const Stretch *of, int64_t head, Room *room) {
     const int64_t rows = of->count * a->group, stride = room->stride, width = a->padded;
     for (int64_t key = 0; key < of->seen; key += KEYS) {
-        const int64_t count = find(a, of, head, key, PAST_KEYS, room);
+        const int64_t count = rows_of(a, of, head, key, PAST_KEYS, room);
         for (int64_t row = 0; row < rows; row += ROWS)
             for (int64_t four = 0; four < count; four += 4)
                 BY_ROWS(rows - row, NAME(score), room->queries + row, room->at + four, width,
                         room->scores + row * stride + key + four, stride)
     }
     for (int64_t row = 0; row < rows; row++)
-        room->sums[row] = NAME(shares_of)(room->scores + row * stride, room->seen[row / a->group], stride);
+        room->sums[row] = NAME(softmax)(room->scores + row * stride, a->seen[of->first + row / a->group], stride);
     memset(room->out, 0, (size_t)(rows * width) * sizeof *room->out);
     for (int64_t key = 0; key < of->seen; key += KEYS) {
-        const int64_t count = find(a, of, head, key, PAST_VALUES, room);
+        const int64_t count = rows_of(a, of, head, key, PAST_VALUES, room);
         for (int64_t row = 0; row < rows; row += ROWS)
             for (int64_t column = 0; column < width; column += 4 * WIDE)
-                BY_ROWS(rows - row, NAME(gather), room->scores + row * stride + key, stride, room->at, column, count,
+                BY_ROWS(rows - row, NAME(add_values), room->scores + row * stride + key, stride, room->at, column, count,
                         room->out + row * width, width)
     }
 }
 
-static const Loops NAME(loops) = { NAME(quantise), NAME(quantise_rest), NAME(combine), NAME(gate), NAME(norm), NAME(turn), NAME(attend) };
+static const Loops NAME(loops) = { NAME(quantise), NAME(quantise_rest), NAME(combine), NAME(gate), NAME(norm), NAME(rotate), NAME(attend) };
 
 #undef V
 #undef NAME
@@ -218,13 +210,5 @@ static const Loops NAME(loops) = { NAME(quantise), NAME(quantise_rest), NAME(com
 #undef UNLESS_LESS
 #undef UNLESS_NAN
 #undef TIMES_POWER_OF_2
-#undef HALVED
-#undef LOOP
-#undef INLINE
-#undef LOAD
-#undef STORE
-#undef SET
-#undef FMA
-#undef SMALLER
-#undef LARGER
+#undef FOLDED
 #undef WIDE

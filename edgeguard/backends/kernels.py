@@ -34,7 +34,7 @@ Multiply: TypeAlias = "Callable[[bytes, Kernel, NDArray[Any]], NDArray[np.float3
 
 @dataclass(frozen=True)
 class Kernel:
-    """How products are computed."""
+    """How products are computed, and what lies between them."""
 
     name: str
     """`vnni`, `unsigned`, `dotprod`, ...; `float` for precisions without quantised products."""

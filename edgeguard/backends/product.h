@@ -28,7 +28,7 @@ static Status *output_of(void *context, const Tensor *given, int64_t columns, fl
 
 /* ---- MatMulIntegerToFloat: bytes by weights of 8 bits (depth, columns), times a step and a scale for each column ---- */
 
-enum { ACTIVATIONS, WEIGHTS, STEP, SCALES, ZERO_POINT, INPUTS, WEIGHTS_POINT = INPUTS };
+enum { ACTIVATIONS, WEIGHTS, STEP, SCALES, ZERO_POINT, INPUTS, WEIGHTS_ZERO_POINT = INPUTS };
 enum { DEEPEST = 1 << 16 }; /* so that no sum of 32 bits overflows */
 #define BYTES(create, compute, destroy) \
     { OPERATOR(create, compute, destroy), "MatMulIntegerToFloat", INPUTS + 1, 1, 1, { UINT8, INT8, FLOAT, FLOAT, UINT8, INT8 }, { FLOAT } }
@@ -45,11 +45,9 @@ static Status *weights_of_bytes(const void *info, Tensor *weights) {
 
 /* The inputs of a product by bytes; weights have no zero point, or one of 0. */
 static Status *inputs_of_bytes(const void *context, int64_t depth, Tensor *input) {
-    const void *value = NULL;
-    Tensor point = { .count = 0 };
+    Tensor point;
     TRY(inputs_of(context, INPUTS, depth, input));
-    TRY(CALL(INPUT, Status *, (const void *, size_t, const void **), context, WEIGHTS_POINT, &value));
-    if (value) TRY(tensor(value, &point));
+    TRY(optional_input_of(context, WEIGHTS_ZERO_POINT, &point));
     for (size_t i = 0; i < point.count; i++)
         if (((const int8_t *)point.data)[i]) return failed("edgeguard: weights with a zero point other than 0");
     return input[STEP].count == 1 ? NULL : failed("edgeguard: scales of another shape");
