@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from edgeguard.backends import fused
 from edgeguard.backends.kernels import own_kernel
 from edgeguard.backends.onnx import LARGE
 from edgeguard.bench.artifacts import BACKENDS, Measured
@@ -19,7 +20,7 @@ BASE = {"onnx": ("int4", "int8", "fp32"), "gguf": ("q4_k_m", "q8_0", "q4_0")}
 CONTEXT = 8192  # what a guard model's caller sets
 L0_FORMATS = ("q4_k_m", "q8_0")
 RUNTIMES = "-runtime"
-"""Behind an artifact's label: with the runtime's kernel, where edgeguard has one of its own."""
+"""Behind an artifact's label: with the runtime's kernels, where edgeguard has some of its own."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def guard(model: Measured, label: str, level: str, setting: Setting, **options: 
     chosen = {"backend": backend, "device": setting.device, "level": level, **options}
     name = f"edgeguard {backend} {artifact.manifest.precision}"
     name += ", weights mapped as packed" if "packed" in options else ""
-    name += ", the runtime's own kernel" if "own" in options else ""
+    name += ", the runtime's own kernels" if "own" in options else ""
     name += ", nothing kept" if level == "L1" else ", prefix evaluated" if options.get("prefix") == "evaluate" else ""
     program = Program(name, (sys.executable, str(WORKERS / "guard.py")), str(artifact.folder), setting.threads, chosen)
     place = f"ladder/{level}/{label}{RUNTIMES if 'own' in options else ''}"
@@ -97,9 +98,16 @@ def ladder(model: Measured, setting: Setting) -> list[Contender]:
         start = next((label for precision in precisions if (label := f"{kind}-{precision}") in model.found), None)
         made += [guard(model, start, "L1", setting)] if start else []
     made += [guard(model, label, "L2", setting) for label in model.found if label != "onnx-fp32"]
-    if (found := model.found.get("onnx-int4")) and found.size >= LARGE and own_kernel(cpu(), "int4"):
-        made.append(guard(model, "onnx-int4", "L2", setting, own="no"))
+    made += [guard(model, label, "L2", setting, own="no") for label in _beside_ours(model)]
     return made
+
+
+def _beside_ours(model: Measured) -> list[str]:
+    """Artifacts that are measured without our own kernels too: large ones of 4 bits, whose load is bearable, and small ones of 8."""
+    large, small = model.found.get("onnx-int4"), model.found.get("onnx-int8")
+    of_products = large and large.size >= LARGE and own_kernel(cpu(), "int4")
+    between = small and small.size < LARGE and fused.fits(cpu()) and fused.built()
+    return [*(["onnx-int4"] if of_products else []), *(["onnx-int8"] if between else [])]
 
 
 def _usual_way(model: Measured, label: str, setting: Setting) -> Contender:

@@ -11,7 +11,7 @@ from small_model import write_small_artifact, write_small_model
 
 from edgeguard.backends import background, onnx
 from edgeguard.backends.base import FloatArray, Run
-from edgeguard.backends.kernels import own_kernel
+from edgeguard.backends.kernels import kernel, own_kernel
 from edgeguard.backends.onnx import OnnxBackend
 from edgeguard.errors import ModelFileError
 from edgeguard.machine import cpu
@@ -38,13 +38,20 @@ def answer(backend: OnnxBackend) -> FloatArray:
     return node.logits
 
 
-def test_it_answers_as_the_runtimes_kernel_does(artifact: Artifact) -> None:
-    mine, runtimes = OnnxBackend(artifact, device="cpu"), OnnxBackend(artifact, device="cpu", own=False)
+def test_it_answers_as_the_runtimes_kernel_does(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = OnnxBackend(artifact, device="cpu")
+    monkeypatch.setattr(onnx, "LARGE", artifact.size + 1)  # what lies between products is the same for both
+    runtimes = OnnxBackend(artifact, device="cpu")
     assert mine.info.kernel.startswith("edgeguard avx2") and not mine.info.fallbacks and runtimes.info.kernel != mine.info.kernel
     if artifact.manifest.precision == "int8":
         assert np.array_equal(answer(mine), answer(runtimes)), "whole numbers, scaled in the same order"
     else:
         assert answer(mine) == pytest.approx(answer(runtimes), abs=2e-3)
+
+
+def test_nothing_of_our_own_is_used_if_so_wanted(artifact: Artifact) -> None:
+    backend = OnnxBackend(artifact, device="cpu", own=False)
+    assert backend.info.kernel == kernel(cpu(), artifact.manifest.precision).name and not backend.info.fallbacks
 
 
 def test_nothing_is_packed_later(artifact: Artifact) -> None:

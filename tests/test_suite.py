@@ -307,6 +307,18 @@ def ceiling(runtime: str, rate: float) -> list[Cell]:
             for name in ("q/o", "k/v", "gate/up", "down")]
 
 
+def test_what_has_kernels_of_our_own_is_measured_without_them_too(mini: artifacts.Measured, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured() -> dict[str, str]:
+        return {each.id: each.name for each in contenders.ladder(mini, Setting(2)) if each.id.startswith("ladder/L2/onnx")}
+
+    monkeypatch.setattr(contenders.fused, "fits", lambda _: True)
+    monkeypatch.setattr(contenders.fused, "built", lambda: Path("any"))
+    assert measured() == {"ladder/L2/onnx-int8": "edgeguard onnx int8",
+                          "ladder/L2/onnx-int8-runtime": "edgeguard onnx int8, the runtime's own kernels"}
+    monkeypatch.setattr(contenders.fused, "built", lambda: None)
+    assert list(measured()) == ["ladder/L2/onnx-int8"]
+
+
 def test_shares_and_upper_levels(mini: artifacts.Measured) -> None:
     rate = sum(macs(mini.shape, 30, 1).values()) / 1e9
     given = [

@@ -89,7 +89,7 @@ OWN: Mapping[str, Own] = {
 """By the runtime's."""
 FUSED = "edgeguard.backends._fused"
 """Holds the library of what lies between products."""
-NOT_BUILT = "edgeguard's own kernel was not built, for want of a C compiler (GCC 11, Clang 12 or later) when edgeguard was installed"
+NOT_BUILT = "edgeguard's own kernels were not built, for want of a C compiler (GCC 11, Clang 12 or later) when edgeguard was installed"
 UNKNOWN = Kernel("generic", {}, "the processor is unknown")
 FLOAT = Kernel("float", {}, "no product is quantised")
 

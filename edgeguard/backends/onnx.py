@@ -81,7 +81,8 @@ class OnnxBackend:
         self._loading = Run()
         large = artifact.size >= LARGE and device in ("auto", "cpu")
         self._may_own = own and large and own_of(cpu(), manifest.precision) is not None
-        self._load = partial(Session, artifact.path(manifest.weights).resolve(), manifest.precision, device, threads, checked=checked)
+        self._load = partial(Session, artifact.path(manifest.weights).resolve(), manifest.precision, device, threads, checked=checked,
+                             plain=not own)
         self._later = packed is None and packed_later(artifact, device)
         if packed or self._later:
             session = packed or self._load(entries=UNPACKED)

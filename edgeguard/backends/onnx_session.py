@@ -46,14 +46,14 @@ class Session:
 
     `entries` are added to the session's configuration, `optimised` says that the model is one that ONNX Runtime has written,
     `written` is where it shall write it. Unless the files are `checked` by their hashes, scales are looked through. A guard graph
-    whose weights come from memory may be multiplied by kernels of our `own`, where there are some.
+    whose weights come from memory may be multiplied by kernels of our `own`, where there are some; `plain`: nothing of our own is used.
     `loading` can stop the loading. Raises `CancelledError` then, `RuntimeMissingError`, `DeviceError` (a device asked for by name
     is not there), `ModelFileError`, `ModelMemoryError`, and `InferenceError` when this CPU's 8-bit kernels do not multiply exactly.
     """
 
     def __init__(self, model: Path, precision: str, device: str, threads: int | None, *,
                  entries: Mapping[str, str] | None = None, optimised: bool = False, written: Path | None = None,
-                 checked: bool = False, own: bool = False, loading: Run | None = None) -> None:
+                 checked: bool = False, own: bool = False, plain: bool = False, loading: Run | None = None) -> None:
         ort = _onnxruntime()
         tensors = check_external(model)
         if precision in QUANTISED and not checked:
@@ -63,7 +63,7 @@ class Session:
         self.threads = threads or default_threads()
         self._run_options = ort.RunOptions
         chosen = _devices(device, precision, ort.get_available_providers())
-        self.kernel = _kernel(model, precision, entries or {}, own=own) if "cpu" in chosen else FLOAT_KERNEL
+        self.kernel = _kernel(model, precision, entries or {}, own=own, plain=plain) if "cpu" in chosen else FLOAT_KERNEL
         """Of the CPU; the one for floats on other devices."""
         loading = loading or Run()
         # on other devices the runtime's kernels do what is left for the CPU: a library's operators would be taken instead of the device's
@@ -186,14 +186,14 @@ def _check_finite(model: Path, tensors: Sequence[ExternalTensor]) -> None:
             raise ModelFileError(f"{tensor.name} in {model.parent / tensor.location} is damaged: not all its numbers are finite.")
 
 
-def _kernel(model: Path, precision: str, entries: Mapping[str, str], *, own: bool) -> Kernel:
+def _kernel(model: Path, precision: str, entries: Mapping[str, str], *, own: bool, plain: bool) -> Kernel:
     """What is right for this model on this CPU."""
     found = tried(cpu(), precision, partial(_multiplied, entries), own=own)
-    if OWN_DOMAIN not in domains(model):
+    if plain or OWN_DOMAIN not in domains(model):
         return found
     library, lost = fused.tried(cpu(), partial(_computed, entries))
     name = f"{found.name}, fused" if library else found.name
-    return replace(found, name=name, fused=library, fallbacks=(*found.fallbacks, *lost))
+    return replace(found, name=name, fused=library, fallbacks=tuple(dict.fromkeys([*found.fallbacks, *lost])))
 
 
 def _multiplied(entries: Mapping[str, str], trial: bytes, kernel: Kernel, activations: NDArray[Any]) -> NDArray[np.float32]:
