@@ -149,3 +149,14 @@ def test_seconds_on_avx2_are_those_of_the_run() -> None:
         assert agrees(told, cell["p50"]) and ("edgeguard" in cell["facts"]["kernel"]) != label.endswith("runtime")
     for told, label in zip(loads.groups(), ("onnx-int4", "onnx-int4-runtime"), strict=True):
         assert agrees(told, cells[f"cold/ladder-L2-{label}/load"]["p50"])
+
+
+def test_what_operators_between_products_gain_is_that_of_the_run() -> None:
+    found = re.search(r"a safe message takes (\d+) ms with them and (\d+) ms without, transformers ([\d.]+) times as long as with them", README)
+    assert found
+    cells = {each["id"]: each for each in run("speed-mini-avx2")["cells"] if each["measured"]}
+    ours, plain = (cells[f"ladder/L2/onnx-int8{end}/23/safe"] for end in ("", "-runtime"))
+    assert ours["facts"]["kernel"].endswith(", fused") and "fused" not in plain["facts"]["kernel"]
+    for told, cell in zip(found.groups()[:2], (ours, plain), strict=True):
+        assert agrees(f"{told} ms", cell["p50"], "ms")
+    assert agrees(found[3], cells["peers/transformers-fp32/23/safe"]["p50"] / ours["p50"])
