@@ -323,7 +323,7 @@ class TestTrial:
     def test_one_that_was_not_built_is_told(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(fused, "FUSED", "edgeguard.backends._not_there")
         assert fused.tried(cpu(), self.compute) == (None, (kernels.NOT_BUILT,))
-        assert fused.told(cpu())["between products"].reason == kernels.NOT_BUILT
+        assert fused.told(cpu())["fused"].reason == kernels.NOT_BUILT
 
 
 def test_graphs_without_our_functions_do_without_them(tmp_path: Path) -> None:

@@ -152,7 +152,8 @@ def test_seconds_on_avx2_are_those_of_the_run() -> None:
 
 
 def test_what_operators_between_products_gain_is_that_of_the_run() -> None:
-    found = re.search(r"a safe message takes (\d+) ms with them and (\d+) ms without, transformers ([\d.]+) times as long as with them", README)
+    shown = r"a safe message takes (\d+) ms with them and (\d+) ms without, transformers ([\d.]+) times as long as with them"
+    found = re.search(shown, README)
     assert found
     cells = {each["id"]: each for each in run("speed-mini-avx2")["cells"] if each["measured"]}
     ours, plain = (cells[f"ladder/L2/onnx-int8{end}/23/safe"] for end in ("", "-runtime"))

@@ -95,7 +95,7 @@ def told(cpu: Cpu) -> dict[str, Kernel]:
     if not fits(cpu):
         return {}
     reason = "the processor has AVX2 and FMA; one operator of edgeguard's own for each of what lies between products"
-    return {"between products": Kernel("edgeguard fused", reason=reason) if built() else Kernel("onnxruntime", reason=NOT_BUILT)}
+    return {"fused": Kernel("edgeguard fused", reason=reason) if built() else Kernel("onnxruntime", reason=NOT_BUILT)}
 
 
 def _is_right(found: NDArray[Any], wanted: NDArray[Any]) -> bool:
