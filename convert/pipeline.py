@@ -19,6 +19,7 @@ from typing import Any, cast
 import numpy as np
 
 from edgeguard import __version__
+from edgeguard.architecture import Shape
 from edgeguard.backends.base import FloatArray
 from edgeguard.convert import gate, gate_pieces, notices, pieces, probe, resume, room
 from edgeguard.convert.journal import Journal, remove_journals
@@ -36,7 +37,7 @@ from edgeguard.store.catalogue import NAME
 from edgeguard.store.files import Progress, locked
 from edgeguard.store.manifest import MANIFEST
 from edgeguard.verdict import Role
-from edgeguard.weights import EMBEDDING, HEAD, Weights, expected
+from edgeguard.weights import EMBEDDING, HEAD, Weights, expected, read_json
 
 PRECISIONS: dict[str, tuple[str, ...]] = {
     "onnx": ("fp32", "fp16", "int8", "int4"),
@@ -133,7 +134,8 @@ def convert(source: str | Path, out: str | Path, *, target: str, precision: str,
         raise ConversionError(f"{name[:80]!r} is not a name: letters, digits, '.', '_' and '-' make one, 128 at most.")
     with locked(_lock(out), timeout=0, what=str(out)):
         _check_target(out, force)
-        opened = open_source(source, None if tokenizer is None else Path(tokenizer), told)
+        opened = open_source(source, None if tokenizer is None else Path(tokenizer), told,
+                             partial(_check_download, out, target, precision))
         chosen = asked_for(opened.name, opened.profile, (opened.profile or PROFILE) if profile is None else profile)
         plan = Plan(opened, out, cast(Kind, target), precision, chosen,
                     name or _default_name(chosen, opened, precision), exporter, shared, threads)
@@ -201,6 +203,12 @@ def needs(plan: Plan, questions: Questions) -> room.Needs:
     """Disk and memory of the whole conversion."""
     return room.needs(plan.source.weights.shape, plan.kind, plan.precision, questions.contents, tokens=questions.tokens,
                       kinds=_gguf_kinds(plan), traced=plan.exporter == "optimum")
+
+
+def _check_download(out: Path, kind: str, precision: str, folder: Path, coming: int) -> None:
+    """Raises `ConversionError` when the disk would not hold the weights that are to be fetched and what is made of them."""
+    shape = Shape.from_config(read_json(folder / "config.json"))
+    room.check_download(room.artifact_bytes(shape, kind, precision), out, folder, coming)
 
 
 def _check_room(plan: Plan, questions: Questions, tell: Callable[[str], None]) -> None:

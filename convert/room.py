@@ -140,12 +140,24 @@ def check(needed: Needs, out: Path, there: int = 0) -> str:
 
     `there` are bytes that an earlier run has written already.
     """
-    folder = next(folder for folder in (out.resolve(), *out.resolve().parents) if folder.exists())
+    folder = _there(out)
     disk, free = max(0, needed.disk - there), shutil.disk_usage(folder).free
     memory, available = needed.memory, available_memory()
     _compare("disk", disk, free, f" at {folder}")
     _compare("memory", memory, available, "; close other programs")
     return f"needs {told(disk)} of disk at {folder} ({told(free)} free) and about {told(memory)} of memory ({told(available)} free)"
+
+
+def check_download(artifact: int, out: Path, into: Path, coming: int) -> None:
+    """Raises `ConversionError` when the disk would not hold an artifact beside the `coming` bytes of its source."""
+    folder = _there(out)
+    both = artifact + (coming if folder.stat().st_dev == into.stat().st_dev else 0)
+    _compare("disk", both, shutil.disk_usage(folder).free, f" at {folder} (of them {told(both - artifact)} for the source)")
+
+
+def _there(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.exists())
 
 
 def _compare(what: str, need: int, free: int, hint: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,15 +53,17 @@ class Source:
         return [self.path] if self.kind == "gguf" else sorted([*self.path.glob("*.safetensors"), self.path / "config.json"])
 
 
-def open_source(given: str | Path, tokenizer: Path | None = None, progress: Progress | None = None) -> Source:
+def open_source(given: str | Path, tokenizer: Path | None = None, progress: Progress | None = None,
+                before_weights: Callable[[Path, int], None] | None = None) -> Source:
     """Find and open a source; a hub id that is not installed is fetched; `tokenizer` is used instead of the source's own.
 
+    `before_weights` may refuse a download (`store.pull`).
     Raises `ModelNotFoundError` when there is nothing of that name, `ModelFileError` when it is no model that can be
     converted, `StoreError` when the hub cannot be reached or refuses.
     """
     if tokenizer is not None and not tokenizer.is_file():
         raise ModelFileError(f"{tokenizer} is missing; a tokenizer is the path of a tokenizer.json.")
-    model = _find(given, progress)
+    model = _find(given, progress, before_weights)
     if model.kind == "gguf":
         from edgeguard.convert.gguf_source import GgufWeights
 
@@ -86,13 +89,13 @@ def check_vocabulary(weights: Weights, tokens: int) -> None:
         )
 
 
-def _find(given: str | Path, progress: Progress | None) -> Model:
+def _find(given: str | Path, progress: Progress | None, before_weights: Callable[[Path, int], None] | None) -> Model:
     try:
         locate(given)
     except ModelNotFoundError:
         if not _is_hub_id(given):
             raise ModelNotFoundError(f"There is no {str(given)[:80]!r} to convert. Give {READS}.") from None
-        pull(str(given), progress=progress, include=WANTED)
+        pull(str(given), progress=progress, include=WANTED, before_weights=before_weights)
     return resolve(given, ("hf", "gguf"))
 
 

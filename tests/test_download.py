@@ -13,8 +13,14 @@ import pytest
 from artifacts import make_artifact, own_home, own_mini
 
 from edgeguard import store
-from edgeguard.errors import ModelFileError, ModelNotFoundError, RuntimeMissingError, StoreError
+from edgeguard.convert.pipeline import convert
+from edgeguard.errors import ConversionError, ModelFileError, ModelNotFoundError, RuntimeMissingError, StoreError
 from edgeguard.store import download
+
+CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+          "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
+          "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False}
+"""That of Llama Guard 2."""
 
 
 @pytest.fixture(autouse=True)
@@ -131,6 +137,17 @@ class TestPull:
         with pytest.raises(StoreError, match="needs"):
             store.pull("org/guard")
         assert hub.fetched == []
+
+    def test_disk_of_a_conversion_is_counted_before_weights_are_fetched(self, hub: FakeHub, mini: Path, tmp_path: Path,
+                                                                        monkeypatch: pytest.MonkeyPatch) -> None:
+        hub.files["config.json"] = json.dumps(CONFIG).encode()
+        monkeypatch.setattr(download.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=8_000_000_000))
+        with pytest.raises(ConversionError, match=r"needs about 8\.\d GB of disk, 8.0 GB are free at .*: \d+ MB are missing"):
+            convert("org/guard", tmp_path / "out", target="onnx", precision="int8")
+        assert sorted(hub.fetched) == ["LICENSE", "config.json"]
+        with pytest.raises(ModelFileError, match=r"tokenizer\.json"):  # there is room for 4 bits
+            convert("org/guard", tmp_path / "out", target="onnx", precision="int4")
+        assert hub.fetched[-1] == "model.safetensors"
 
     def test_installed_already(self, hub: FakeHub, mini: Path) -> None:
         store.pull("org/guard")

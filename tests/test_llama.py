@@ -5,6 +5,7 @@ Stated tolerances on answer logits of a few units: float32 1e-4, float16 weights
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -256,6 +257,18 @@ def test_logits_that_are_not_finite_are_no_answer(load: Callable[..., LlamaBacke
     backend = LlamaBackend(path, threads=1, context=256)
     with pytest.raises(InferenceError, match="finite"):
         backend.open(PREFIX, Run())
+    backend.shutdown()
+
+
+def test_a_file_that_is_written_to_while_it_is_used_is_an_error(model: Callable[[str, str], Path], tmp_path: Path) -> None:
+    path = tmp_path / "used.gguf"
+    shutil.copy(model("plain", "f32"), path)
+    backend = LlamaBackend(path, device="cpu", threads=1, context=256, repack=False)
+    prefix = backend.open(PREFIX, Run())
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+    with pytest.raises(ModelFileError, match="written to while it was in use"):
+        backend.extend([(prefix, MESSAGES[0])], Run())
     backend.shutdown()
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from edgeguard.backends import huge_pages
 from edgeguard.backends.base import FloatArray, Run
 from edgeguard.errors import DeviceError, InferenceError, ModelFileError, ModelMemoryError, RuntimeMissingError
+from edgeguard.store.files import Unchanged
 
 SEQUENCES = 64
 """Sequences in the cache at once; each costs room for one row of logits."""
@@ -85,6 +86,7 @@ class Session:
         llama = library()
         self._llama, self.threads = llama, threads
         errors.clear()
+        self._file = Unchanged([path])
         model = _load(llama, path, device, repack)
         self.cells = -(-(context + MARGIN) // CELL_STEP) * CELL_STEP
         params = llama.llama_context_default_params()
@@ -211,6 +213,7 @@ class Session:
         """
         run.check()
         self._check_alive()
+        self._file.check()
         errors.clear()
         native, _arrays = _native(self._llama, batch)
         self._stop[0] = b"\0"
@@ -230,6 +233,7 @@ class Session:
             run.check()
         if code not in (0, 1):
             raise InferenceError(f"llama.cpp failed with status {code}{told()}.")
+        self._file.check()  # what is not repacked is read during the pass
         return bool(code == 0)
 
     def logits(self, place: int) -> FloatArray:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,16 @@ INCLUDE = (
     "*.json", "*.safetensors", "*.gguf", "*.onnx", "*.onnx.data", "*.onnx_data", "*.npz", "tokenizer.model",
     "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "*.md",
 )  # fmt: skip
+WEIGHTS = (".safetensors", ".gguf", ".onnx", ".onnx.data", ".onnx_data")
 PATH = re.compile(r"[A-Za-z0-9_][\w.+-]*(/[A-Za-z0-9_][\w.+-]*)*")
 
 
-def pull(hub_id: str, revision: str | None = None, progress: Progress | None = None, *, include: Sequence[str] = ()) -> Entry:
+def pull(hub_id: str, revision: str | None = None, progress: Progress | None = None, *, include: Sequence[str] = (),
+         before_weights: Callable[[Path, int], None] | None = None) -> Entry:
     """Fetch a model from the hub into `home()`; a broken-off download goes on where it stopped.
 
-    `revision` is a branch, tag or commit; `include` narrows the files by patterns (`*Q4_K_M.gguf`). Raises `StoreError`
+    `revision` is a branch, tag or commit; `include` narrows the files by patterns (`*Q4_K_M.gguf`); `before_weights` is called
+    when all other files are there, with their folder and the bytes that are to come, and may raise. Raises `StoreError`
     when offline, refused, out of space, or when a file is not what the hub announced; `RuntimeMissingError`.
     """
     if not HUB_ID.fullmatch(hub_id):
@@ -36,18 +40,22 @@ def pull(hub_id: str, revision: str | None = None, progress: Progress | None = N
     if offline():
         raise StoreError(f"{hub_id} was not fetched: EDGEGUARD_OFFLINE or HF_HUB_OFFLINE is set. Unset it, or copy the files.")
     name = installed_name(hub_id)
-    target, partial = home() / name, home() / f"{name}.partial"
+    target, begun = home() / name, home() / f"{name}.partial"
     with locked(_lock(name)):
         if target.exists():
             raise StoreError(f"{hub_id} is installed at {target}. Remove it first: edgeguard models remove {name}")
         with _hub(hub_id):
             commit, wanted = _contents(hub_id, revision, include or INCLUDE)
-            _need_space(hub_id, partial, wanted)
-            got = {path: _fetch(hub_id, commit, path, want, partial, progress=progress) for path, want in wanted.items()}
-            shutil.rmtree(partial / ".cache", ignore_errors=True)
-            scan(partial)  # what is no model must not get the final name
-            _write_record(partial, hub_id, commit, got)
-            partial.rename(target)
+            coming = _need_space(hub_id, begun, wanted)
+            fetch = partial(_fetch, hub_id, commit, into=begun, progress=progress)
+            got = {path: fetch(path, want) for path, want in wanted.items() if not path.endswith(WEIGHTS)}
+            if before_weights:
+                before_weights(begun, coming)
+            got |= {path: fetch(path, want) for path, want in wanted.items() if path.endswith(WEIGHTS)}
+            shutil.rmtree(begun / ".cache", ignore_errors=True)
+            scan(begun)  # what is no model must not get the final name
+            _write_record(begun, hub_id, commit, got)
+            begun.rename(target)
     return entry(name)
 
 
@@ -104,26 +112,28 @@ def _contents(hub_id: str, revision: str | None, patterns: Sequence[str]) -> tup
     return str(info.sha), wanted
 
 
-def _need_space(hub_id: str, partial: Path, wanted: Mapping[str, tuple[int, str]]) -> None:
-    partial.mkdir(parents=True, exist_ok=True)
-    have = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-    need, free = sum(size for size, _ in wanted.values()) - have, shutil.disk_usage(partial).free
+def _need_space(hub_id: str, begun: Path, wanted: Mapping[str, tuple[int, str]]) -> int:
+    """The bytes that are not there yet."""
+    begun.mkdir(parents=True, exist_ok=True)
+    have = sum(path.stat().st_size for path in begun.rglob("*") if path.is_file())
+    need, free = sum(size for size, _ in wanted.values()) - have, shutil.disk_usage(begun).free
     if need > free:
-        raise StoreError(f"{hub_id} needs {need / 1e9:.1f} GB more, {partial.parent} has {free / 1e9:.1f} GB free.")
+        raise StoreError(f"{hub_id} needs {need / 1e9:.1f} GB more, {begun.parent} has {free / 1e9:.1f} GB free.")
+    return max(0, need)
 
 
 def _fetch(
-    hub_id: str, commit: str, path: str, expected: tuple[int, str], partial: Path, *, progress: Progress | None
+    hub_id: str, commit: str, path: str, expected: tuple[int, str], *, into: Path, progress: Progress | None
 ) -> FileRecord:
     import huggingface_hub
 
     size, announced = expected
     if progress:
         progress(path, 0, size)
-    huggingface_hub.hf_hub_download(hub_id, path, revision=commit, local_dir=partial)
-    got = record(partial / path, progress)
+    huggingface_hub.hf_hub_download(hub_id, path, revision=commit, local_dir=into)
+    got = record(into / path, progress)
     if announced and got.sha256 != announced:
-        (partial / path).unlink()
+        (into / path).unlink()
         raise StoreError(f"{path} of {hub_id} is not what the hub announced (SHA-256 differs). Try again.")
     return got
 
