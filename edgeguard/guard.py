@@ -134,7 +134,7 @@ class Guard:
     def check_many(self, items: Iterable[Judged], role: str | None = None, threshold: float | None = None, *,
                    timeout: float | None = None, verdict_only: bool = False, batch: int = 16,
                    run: Run | None = None) -> Iterator[Verdict]:
-        """Judge many, `batch` of them in one pass, in order, as they are asked for.
+        """Judge many, up to `batch` of them in one pass, in order, as they are asked for.
 
         `timeout` seconds count for each batch, a `run` of your own for all.
 
@@ -160,7 +160,9 @@ class Guard:
                     failed = error
                     break
             if asked:
-                yield from self._judge(asked, threshold, start(), verdict_only)
+                run = start()
+                for part in self._passes(asked):
+                    yield from self._judge(part, threshold, run, verdict_only)
             if failed is not None:
                 raise failed
 
@@ -203,6 +205,18 @@ class Guard:
         if len(ids) > limit:
             raise ContextLengthError(len(ids), limit)
         return _Asked(conversation.role, ids, prompt.warnings, _since(began))
+
+    def _passes(self, asked: list[_Asked]) -> Iterator[list[_Asked]]:
+        """Those that are judged together: as many, in order, as the backend gains by."""
+        most, part, count = self._backend.info.pass_tokens, list[_Asked](), 0
+        for one in asked:
+            tokens = len(one.ids) - len(self._prefixes[one.role])
+            if part and most is not None and count + tokens > most:
+                yield part
+                part, count = [], 0
+            part.append(one)
+            count += tokens
+        yield part
 
     def _judge(self, asked: list[_Asked], threshold: float, run: Run, verdict_only: bool) -> list[Verdict]:
         with self._held(run):

@@ -8,6 +8,7 @@ import threading
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,19 @@ def test_check_many_keeps_order_and_packs(guard: Guard) -> None:
     assert [v.verdict for v in verdicts] == ["unsafe" if n % 3 == 0 else "safe" for n in range(40)]
     assert guard._backend.passes <= 1 + 3 * 4  # type: ignore[attr-defined]
     assert [v.raw for v in verdicts] == [guard.check(text).raw for text in texts]
+
+
+def test_passes_are_no_longer_than_the_backend_gains_by(guard: Guard, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["hello", "a bomb", "how are you today, my old friend?" * 3, "hello", "a bomb"]
+    together = list(guard.check_many(texts))
+    counts = list[int]()
+    tokens = [each.tokens["prompt"] - len(guard._prefixes["user"]) for each in together]
+    info = replace(guard.backend_info, pass_tokens=sum(tokens[:2]))
+    monkeypatch.setattr(ScriptedBackend, "info", property(lambda _backend: info))
+    monkeypatch.setattr(guard, "_prefill", lambda asked, run: counts.append(len(asked)) or Guard._prefill(guard, asked, run))
+    apart = list(guard.check_many(texts))
+    assert counts == [2, 1, 2] and tokens[2] > sum(tokens[:2])
+    assert [(each.verdict, each.raw, each.score) for each in apart] == [(each.verdict, each.raw, each.score) for each in together]
 
 
 def test_check_many_is_lazy_and_fails_at_the_bad_item(guard: Guard) -> None:

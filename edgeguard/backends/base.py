@@ -59,6 +59,8 @@ class BackendInfo:
     """How quantised products are computed, where the backend chooses: `avx512-vnni`, `unsigned`, ..."""
     fallbacks: tuple[str, ...] = ()
     """What was taken instead of something better, and why, in words."""
+    pass_tokens: int | None = None
+    """So many new tokens are worth one pass; with more, each takes longer. None where there is no such number."""
 
 
 @dataclass

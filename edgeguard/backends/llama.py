@@ -25,6 +25,8 @@ from edgeguard.store.prefix_cache import PrefixCache, ids_key
 
 STATE_FORMAT = "1"
 """Of prefixes on the disk; a new one when other cells or other parts are saved."""
+PASS = 128
+"""New tokens that are worth a pass on CPUs: products gain nothing by more, and in one cache attention looks at the cells of all texts."""
 SHORT = 8
 """Tokens of a branch of an answer; longer entries are texts."""
 
@@ -128,6 +130,7 @@ class LlamaBackend:
         self.info = BackendInfo(
             name="llama", runtime=f"llama-cpp-python {llama.__version__}", device=granted, precision=header.precision,
             threads=threads, context=longest, head_ids=np.arange(self._vocab, dtype=np.int64),
+            pass_tokens=PASS if handle is None else None,
             kernel=REPACKED if repack and handle is None else AS_STORED, fallbacks=fallbacks,
         )
         self._cache = cache
