@@ -172,15 +172,19 @@ def open_choice(choice: Choice, *, device: str = "auto", threads: int | None = N
     """Load what was chosen; raises what `Guard.load` does."""
     found = choice.model
     named = profile_of(found, profile)
+    before = store.marks(found)
     store.check_files(found)
     applied, _ = calibration_of(found, named, calibration)
     tokenizer = _tokenizer(found.tokenizer)
     _check_memory(choice)
     running = _OPEN[choice.backend](choice, device, threads or choice.threads, prefix_cache(found, named))
-    rows = int(running.info.head_ids[-1]) + 1
-    if tokenizer.vocab_size < rows:
+    try:
+        store.check_unmoved(found, before)
+        if tokenizer.vocab_size < (rows := int(running.info.head_ids[-1]) + 1):
+            raise ModelMismatchError(f"The tokenizer of {found.name} has {tokenizer.vocab_size} ids, its model answers with {rows}.")
+    except EdgeGuardError:
         running.shutdown()
-        raise ModelMismatchError(f"The tokenizer of {found.name} has {tokenizer.vocab_size} ids, its model answers with {rows}.")
+        raise
     return Parts(running, tokenizer, named, _identity(found.name, _weights_hash(found), named, running), applied)
 
 

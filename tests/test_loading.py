@@ -40,6 +40,27 @@ def test_a_missing_runtime_gives_the_install_line(installed: Callable[..., None]
         loading.choose(backend=backend)
 
 
+@pytest.mark.parametrize("kind", ["onnx", "gguf"])
+def test_files_that_are_replaced_between_check_and_load_are_not_used(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that nobody checked would judge, and their prefix would be kept under the name of the right ones."""
+    found = store.resolve(None, (kind,))
+    shutil.copytree(found.folder, tmp_path / "model")
+    weights = tmp_path / "model" / found.weights.name
+    tokenizer = loading._tokenizer
+
+    def replaced(path: Path) -> object:
+        shutil.copy(weights, tmp_path / "other")
+        (tmp_path / "other").replace(weights)
+        return tokenizer(path)
+
+    monkeypatch.setattr(loading, "_tokenizer", replaced)
+    with pytest.raises(ModelFileError, match="replaced while it was being loaded"):
+        Guard.load(tmp_path / "model")
+    monkeypatch.undo()
+    with Guard.load(tmp_path / "model") as guard:
+        assert guard.check("hello").safe
+
+
 def test_too_little_memory_names_the_artifact_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     onnx, llama, _ = loading.RUNTIMES
     needs = {runtime.backend: loading.needed_memory(runtime, store.resolve(None, (runtime.kind,))) for runtime in (onnx, llama)}

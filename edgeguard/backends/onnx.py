@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -24,8 +26,7 @@ from edgeguard.backends.packing import NO_ROWS, Entry, Pass, Tree, merge, passes
 from edgeguard.backends.prepacked import load, make
 from edgeguard.errors import EdgeGuardError, InferenceError, ModelFileError
 from edgeguard.machine import available_memory, cpu
-from edgeguard.store.catalogue import check_files
-from edgeguard.store.files import sha256
+from edgeguard.store.catalogue import check_files, check_unmoved, marks
 from edgeguard.store.manifest import Artifact
 from edgeguard.store.prefix_cache import PrefixCache, ids_key
 
@@ -158,8 +159,10 @@ class OnnxBackend:
         with suppress(EdgeGuardError, OSError, MemoryError, RuntimeError), ONE_AT_A_TIME:
             if available_memory() < self._artifact.size * PACKED:
                 return
+            before = marks(self._artifact)
             check_files(self._artifact)  # again: it may be long since they were loaded
             session, fallbacks = self._loaded(asked=True)
+            check_unmoved(self._artifact, before)
             self._state = self._using(session)
             self.info = replace(self.info, kernel=session.kernel.name, fallbacks=fallbacks)
 
@@ -246,12 +249,15 @@ def read_prefix(path: Path, digest: str, shape: Shape, tokens: int) -> tuple[Flo
 
     Raises `ModelFileError` when its SHA-256 is not `digest` or its arrays do not fit the model.
     """
-    found = sha256(path)
-    if found != digest:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ModelFileError(f"{path} cannot be read: {error.strerror}.") from error
+    if (found := hashlib.sha256(data).hexdigest()) != digest:
         raise ModelFileError(f"{path} is damaged: its SHA-256 is {found[:12]}..., the manifest says {digest[:12]}...")
     wanted = (shape.layers, tokens, shape.kv_heads, shape.head_dim)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
             keys, values = arrays["keys"], arrays["values"]
     except (OSError, ValueError, KeyError) as error:
         raise ModelFileError(f"{path} is no prefix file: {error}") from error

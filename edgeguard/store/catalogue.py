@@ -7,16 +7,16 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import platformdirs
 
 import edgeguard
 from edgeguard.errors import EdgeGuardError, ModelFileError, ModelNotFoundError
-from edgeguard.store.files import Progress, Seen, check
+from edgeguard.store.files import Progress, Seen, check, mark
 from edgeguard.store.manifest import MANIFEST, Artifact
 
 BUILT_IN = "mini"
@@ -57,6 +57,7 @@ class BareModel:
 
 
 Model = Artifact | BareModel
+Marks: TypeAlias = Mapping[Path, "list[int] | None"]
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,21 @@ def check_files(model: Model, progress: Progress | None = None) -> None:
     """
     if isinstance(model, Artifact):
         check(model.folder, model.manifest.files, Seen(home() / ".seen.json"), progress)
+
+
+def marks(model: Model) -> Marks:
+    """What tells the files of a model as they lie there now, for `check_unmoved`."""
+    names = model.manifest.files if isinstance(model, Artifact) else ()
+    paths = {*(model.folder / name for name in names), model.weights, model.tokenizer}
+    return {path: mark(path) if path.is_file() else None for path in paths}
+
+
+def check_unmoved(model: Model, before: Marks) -> None:
+    """Behind a load: raises `ModelFileError` when a file that was checked is not surely the one that was opened."""
+    now = marks(model)
+    for path in before:
+        if now.get(path) != before[path]:
+            raise ModelFileError(f"{path} was changed or replaced while it was being loaded, so it is not used. Load the model again.")
 
 
 def digest(model: Model, *, known: bool = False) -> str:
