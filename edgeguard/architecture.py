@@ -8,6 +8,15 @@ from typing import Any
 
 from edgeguard.errors import ModelFileError
 
+# far beyond every Llama, and small enough to count with
+MOST = {"layers": 1 << 10, "hidden": 1 << 18, "heads": 1 << 12, "kv_heads": 1 << 12, "head_dim": 1 << 12, "ffn": 1 << 20,
+        "vocab": 1 << 24, "context": 1 << 24}
+MOST_REAL = 1 << 53
+CONFIG = {"layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_attention_heads", "kv_heads": "num_key_value_heads",
+          "ffn": "intermediate_size", "vocab": "vocab_size", "context": "max_position_embeddings", "rms_eps": "rms_norm_eps",
+          "tied": "tie_word_embeddings"}
+"""What config.json calls a field; others have one name."""
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -37,29 +46,41 @@ class Shape:
         if config.get("attention_bias") or config.get("mlp_bias"):
             raise ModelFileError("The model has biases in its linear layers, which Llama Guard models do not have.")
         try:
-            heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+            heads, hidden = config["num_attention_heads"], config["hidden_size"]
             # transformers 5 moved the RoPE numbers into one mapping
             rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
             theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
             scaling = None if rope.get("rope_type", "default") == "default" else rope
             if scaling is not None and scaling["rope_type"] != "llama3":
                 raise ModelFileError(f"RoPE scaling of type {scaling['rope_type']!r} is not supported, only 'llama3'.")
-            return cls(
-                layers=int(config["num_hidden_layers"]),
-                hidden=hidden,
-                heads=heads,
-                kv_heads=int(config.get("num_key_value_heads") or heads),
-                head_dim=int(config.get("head_dim") or hidden // heads),
-                ffn=int(config["intermediate_size"]),
-                vocab=int(config["vocab_size"]),
-                context=int(config["max_position_embeddings"]),
-                rope_theta=float(theta),
-                rms_eps=float(config["rms_norm_eps"]),
-                tied=bool(config.get("tie_word_embeddings", False)),
-                rope_scaling=scaling,
+            shape = cls(
+                layers=config["num_hidden_layers"], hidden=hidden, heads=heads, kv_heads=config.get("num_key_value_heads") or heads,
+                head_dim=config.get("head_dim") or hidden // heads, ffn=config["intermediate_size"], vocab=config["vocab_size"],
+                context=config["max_position_embeddings"], rope_theta=theta, rms_eps=config["rms_norm_eps"],
+                tied=config.get("tie_word_embeddings", False), rope_scaling=scaling,
             )
-        except (KeyError, TypeError) as error:
-            raise ModelFileError(f"config.json lacks {error} or holds a value of the wrong type there.") from error
+            shape.check(CONFIG)
+        except KeyError as error:
+            raise ModelFileError(f"config.json lacks {error}.") from error
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise ModelFileError(f"config.json is not that of a Llama: {error}") from error
+        return shape
+
+    def check(self, names: Mapping[str, str] | None = None) -> None:
+        """Raises `ValueError` for values that no Llama has; `names` are those of fields where the numbers come from."""
+        told = names or {}
+        for name, most in MOST.items():
+            number = getattr(self, name)
+            if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= most:
+                raise ValueError(f"{told.get(name, name)} is {repr(number)[:40]}; 1 to {most} are possible.")
+        for name in ("rope_theta", "rms_eps"):
+            real = getattr(self, name)
+            if isinstance(real, bool) or not isinstance(real, (int, float)) or not 0 < real <= MOST_REAL:  # NaN is in no range
+                raise ValueError(f"{told.get(name, name)} is {repr(real)[:40]}; a positive number is needed.")
+        if not isinstance(self.tied, bool):
+            raise TypeError(f"{told.get('tied', 'tied')} must be true or false.")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} heads of keys.")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for a manifest; `Shape(**shape.to_dict())` gives the same shape."""

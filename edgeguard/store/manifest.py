@@ -22,9 +22,6 @@ MAX_BYTES = 16 << 20  # the ids of a whole vocabulary and four 8K prefixes stay 
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,199}")
 MAX_TEXT = 128  # characters of a name
 MAX_NUMBER = 1 << 53  # what every reader of JSON keeps exactly
-# far beyond every Llama, and small enough to count with
-MOST = {"layers": 1 << 10, "hidden": 1 << 18, "heads": 1 << 12, "kv_heads": 1 << 12, "head_dim": 1 << 12, "ffn": 1 << 20,
-        "vocab": 1 << 24, "context": 1 << 24}
 SHA256 = re.compile(r"[0-9a-f]{64}")
 
 Kind = Literal["onnx", "gguf"]
@@ -314,17 +311,7 @@ def _prefixes(value: object) -> tuple[PrefixRecord, ...]:
 
 def _shape(value: object) -> Shape:
     shape = Shape(**_mapping(value))
-    for name, most in MOST.items():
-        if not 1 <= (number := _number(getattr(shape, name))) <= most:
-            raise ValueError(f"{name} is {number}; 1 to {most} are possible.")
-    for name in ("rope_theta", "rms_eps"):
-        real = getattr(shape, name)
-        if isinstance(real, bool) or not isinstance(real, (int, float)) or not 0 < real <= MAX_NUMBER:  # NaN is in no range
-            raise ValueError(f"{name} is {repr(real)[:40]}; a positive number is needed.")
-    if not isinstance(shape.tied, bool):
-        raise TypeError("tied must be true or false.")
+    shape.check()
     if shape.rope_scaling is not None:
         _mapping(shape.rope_scaling)
-    if shape.heads % shape.kv_heads:
-        raise ValueError(f"{shape.heads} heads cannot share {shape.kv_heads} heads of keys.")
     return shape
