@@ -63,7 +63,12 @@ def open_source(given: str | Path, tokenizer: Path | None = None, progress: Prog
     """
     if tokenizer is not None and not tokenizer.is_file():
         raise ModelFileError(f"{tokenizer} is missing; a tokenizer is the path of a tokenizer.json.")
-    model = _find(given, progress, before_weights)
+    def check(folder: Path, coming: int) -> None:
+        _check_beside(str(given), folder, tokenizer)
+        if before_weights:
+            before_weights(folder, coming)
+
+    model = _find(given, progress, check)
     if model.kind == "gguf":
         from edgeguard.convert.gguf_source import GgufWeights
 
@@ -75,10 +80,18 @@ def open_source(given: str | Path, tokenizer: Path | None = None, progress: Prog
         return Source("gguf", name, model.weights, GgufWeights(model.weights), tokenizer, profile)
     folder = model.folder
     beside = folder / "tokenizer.json"
-    if tokenizer is None and not beside.is_file():
-        raise ModelFileError(f"{folder} has no tokenizer.json; give the path of one (--tokenizer).")
+    _check_beside(str(folder), folder, tokenizer)
     name = str(given) if _is_hub_id(given) else folder.resolve().name
     return Source("folder", name, folder, SafetensorsWeights(folder), tokenizer or beside)
+
+
+def _check_beside(name: str, folder: Path, tokenizer: Path | None) -> None:
+    """Raises `ModelFileError` when a folder lacks what a conversion needs beside weights."""
+    if not (folder / "config.json").is_file():
+        raise ModelFileError(f"{name} has no config.json, so it is no Hugging Face model. "
+                             "GGUF files of the hub are fetched by: edgeguard models pull ORG/NAME --include '*Q8_0.gguf'")
+    if tokenizer is None and not (folder / "tokenizer.json").is_file():
+        raise ModelFileError(f"{name} has no tokenizer.json; give the path of one (--tokenizer).")
 
 
 def check_vocabulary(weights: Weights, tokens: int) -> None:
@@ -89,7 +102,7 @@ def check_vocabulary(weights: Weights, tokens: int) -> None:
         )
 
 
-def _find(given: str | Path, progress: Progress | None, before_weights: Callable[[Path, int], None] | None) -> Model:
+def _find(given: str | Path, progress: Progress | None, before_weights: Callable[[Path, int], None]) -> Model:
     try:
         locate(given)
     except ModelNotFoundError:

@@ -140,14 +140,40 @@ class TestPull:
 
     def test_disk_of_a_conversion_is_counted_before_weights_are_fetched(self, hub: FakeHub, mini: Path, tmp_path: Path,
                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
-        hub.files["config.json"] = json.dumps(CONFIG).encode()
+        hub.files |= {"config.json": json.dumps(CONFIG).encode(), "tokenizer.json": b"{}"}
         monkeypatch.setattr(download.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=8_000_000_000))
         with pytest.raises(ConversionError, match=r"needs about 8\.\d GB of disk, 8.0 GB are free at .*: \d+ MB are missing"):
             convert("org/guard", tmp_path / "out", target="onnx", precision="int8")
-        assert sorted(hub.fetched) == ["LICENSE", "config.json"]
-        with pytest.raises(ModelFileError, match=r"tokenizer\.json"):  # there is room for 4 bits
+        assert sorted(hub.fetched) == ["LICENSE", "config.json", "tokenizer.json"]
+        with pytest.raises(ModelFileError, match="safetensors"):  # there is room for 4 bits
             convert("org/guard", tmp_path / "out", target="onnx", precision="int4")
         assert hub.fetched[-1] == "model.safetensors"
+
+    @pytest.mark.parametrize(("change", "says"), [
+        ({"tokenizer.json": None}, "org/guard has no tokenizer"), ({"config.json": None}, "org/guard has no config"),
+        ({"config.json": json.dumps({**CONFIG, "num_hidden_layers": 10**12}).encode()}, "num_hidden_layers is 1000000000000"),
+    ])
+    def test_what_cannot_be_converted_is_told_before_weights_are_fetched(self, hub: FakeHub, mini: Path, tmp_path: Path, says: str,
+                                                                         change: dict[str, bytes | None]) -> None:
+        hub.files |= {"config.json": json.dumps(CONFIG).encode(), "tokenizer.json": b"{}"}
+        hub.files = {name: data for name, data in {**hub.files, **change}.items() if data is not None}
+        with pytest.raises(ModelFileError, match=says):
+            convert("org/guard", tmp_path / "out", target="onnx", precision="int8")
+        assert "model.safetensors" not in hub.fetched
+
+    def test_nothing_stays_of_a_download_of_another_commit(self, hub: FakeHub, home: Path, mini: Path) -> None:
+        begun = home / "org--guard.partial"
+        (begun / ".cache" / "huggingface").mkdir(parents=True)
+        (begun / "old").mkdir()
+        part = begun / ".cache" / "huggingface" / f"x.{hashlib.sha256(b'weights').hexdigest()}.incomplete"
+        for path in (begun / "model-00001-of-00002.safetensors", begun / "old" / "model.gguf", part, part.with_name("x.0123.incomplete")):
+            path.write_bytes(b"weights")
+        hub.error = None
+        download._remove_others(begun, download._contents("org/guard", None, ["*.safetensors"])[1])
+        assert [path for path in begun.rglob("*") if path.is_file()] == [part]
+        assert store.pull("org/guard").models[0].kind == "hf"
+        [(_, found)] = store.verify(home / "org--guard")
+        assert (found.ok, found.extra) == (True, ())
 
     def test_installed_already(self, hub: FakeHub, mini: Path) -> None:
         store.pull("org/guard")

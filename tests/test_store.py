@@ -66,7 +66,7 @@ class TestManifest:
         ({"shape": {**SHAPE.to_dict(), "rope_theta": float("nan")}}, "rope_theta"),
         ({"shape": {**SHAPE.to_dict(), "rms_eps": 0}}, "rms_eps"),
         ({"shape": {**SHAPE.to_dict(), "rope_theta": 10**400}}, "rope_theta"),
-        ({"shape": {**SHAPE.to_dict(), "context": 10**12}}, "context"), ({"shape": {**SHAPE.to_dict(), "vocab": 2**63}}, "count"),
+        ({"shape": {**SHAPE.to_dict(), "context": 10**12}}, "context"), ({"shape": {**SHAPE.to_dict(), "vocab": 2**63}}, "vocab"),
         ({"shape": {**SHAPE.to_dict(), "layers": 1025}}, "1 to 1024"), ({"shape": {**SHAPE.to_dict(), "tied": 1}}, "tied"),
         ({"shape": {**SHAPE.to_dict(), "heads": 3, "kv_heads": 2}}, "3 heads"),
         ({"shape": {**SHAPE.to_dict(), "rope_scaling": 8}}, "'shape'"),
@@ -366,3 +366,11 @@ def test_files_in_use_are_held_to_what_they_were(tmp_path: Path) -> None:
     del other
     with pytest.raises(OSError, match="descriptor"):
         os.fstat(handle)
+
+
+def test_a_lock_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(StoreError, match="Set EDGEGUARD_HOME"), locked(tmp_path / "file" / "x.lock"):
+        pass
+    with pytest.raises(StoreError, match="shorter name"), locked(tmp_path / f"{'x' * 300}.lock"):
+        pass

@@ -46,11 +46,13 @@ def pull(hub_id: str, revision: str | None = None, progress: Progress | None = N
             raise StoreError(f"{hub_id} is installed at {target}. Remove it first: edgeguard models remove {name}")
         with _hub(hub_id):
             commit, wanted = _contents(hub_id, revision, include or INCLUDE)
+            _remove_others(begun, wanted)
             coming = _need_space(hub_id, begun, wanted)
             fetch = partial(_fetch, hub_id, commit, into=begun, progress=progress)
             got = {path: fetch(path, want) for path, want in wanted.items() if not path.endswith(WEIGHTS)}
-            if before_weights:
-                before_weights(begun, coming)
+        if before_weights:
+            before_weights(begun, coming)
+        with _hub(hub_id):
             got |= {path: fetch(path, want) for path, want in wanted.items() if path.endswith(WEIGHTS)}
             shutil.rmtree(begun / ".cache", ignore_errors=True)
             scan(begun)  # what is no model must not get the final name
@@ -110,6 +112,17 @@ def _contents(hub_id: str, revision: str | None, patterns: Sequence[str]) -> tup
     if not wanted:
         raise StoreError(f"{hub_id} has no file that fits {', '.join(patterns)}.")
     return str(info.sha), wanted
+
+
+def _remove_others(begun: Path, wanted: Mapping[str, tuple[int, str]]) -> None:
+    """What a download of another commit or other patterns has left there: it would be taken for a part of this model."""
+    shas = {sha for _, sha in wanted.values() if sha}
+    for path in [path for path in begun.rglob("*") if path.is_file()]:
+        name = path.relative_to(begun).as_posix()
+        # huggingface_hub keeps its own records there, and parts of files by their hashes
+        kept = name.startswith(".cache/") and (not name.endswith(".incomplete") or any(sha in path.name for sha in shas))
+        if name not in wanted and not kept:
+            path.unlink()
 
 
 def _need_space(hub_id: str, begun: Path, wanted: Mapping[str, tuple[int, str]]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -110,9 +111,9 @@ class Seen:
         """As remembered while the file is unchanged, else computed and remembered."""
         if remembered := self.recall(path):
             return remembered
-        mark = _mark(path)
+        before = mark(path)
         digest = sha256(path, progress)
-        self.known[str(path.resolve())] = [*mark, digest]
+        self.known[str(path.resolve())] = [*before, digest]
         with suppress(OSError):
             self._write()
         return digest
@@ -120,7 +121,7 @@ class Seen:
     def recall(self, path: Path) -> str:
         """As remembered while the file is unchanged, else empty."""
         entry = self.known.get(str(path.resolve()))
-        return entry[-1] if isinstance(entry, list) and entry[:-1] == _mark(path) and isinstance(entry[-1], str) else ""
+        return entry[-1] if isinstance(entry, list) and entry[:-1] == mark(path) and isinstance(entry[-1], str) else ""
 
     def once(self, path: Path, progress: Progress | None = None) -> str:
         """As `sha256`, but empty where it could not be remembered: a large file is not read again and again."""
@@ -136,8 +137,8 @@ class Seen:
         write_text(self.path, json.dumps(self.known))
 
 
-def _mark(path: Path) -> list[int]:
-    """What tells that a file is the one that was hashed; whoever sets its time back cannot set back when (st_ctime)."""
+def mark(path: Path) -> list[int]:
+    """What tells that a file is still the same one, with the same bytes; whoever sets its time back cannot set back when (st_ctime)."""
     found = path.stat()
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
 
@@ -214,11 +215,16 @@ def locked(path: Path, timeout: float = 10, what: str = "") -> Iterator[None]:
     """
     import filelock  # brings asyncio, and no verdict needs a lock
 
+    held = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(path, timeout=timeout):
+            held = True
             yield
     except filelock.Timeout:
         raise StoreError(f"Another process is working on {what or path.stem}; try again when it has finished.") from None
-    except PermissionError as error:
-        raise StoreError(f"{error.filename or path} cannot be written: {error.strerror}. Set EDGEGUARD_HOME.") from error
+    except OSError as error:
+        if held:
+            raise
+        hint = "Choose a shorter name" if error.errno == errno.ENAMETOOLONG else "Set EDGEGUARD_HOME"
+        raise StoreError(f"{error.filename or path} cannot be written: {error.strerror}. {hint}.") from error
