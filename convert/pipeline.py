@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import re
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -72,7 +72,7 @@ class Plan:
     @property
     def partial(self) -> Path:
         """Where it is built."""
-        return self.out.with_name(f"{self.out.name}.partial")
+        return _partial(self.out)
 
     @property
     def strength(self) -> float:
@@ -145,7 +145,7 @@ def convert(source: str | Path, out: str | Path, *, target: str, precision: str,
         try:
             manifest = _work(plan, questions, told)
         except ConversionError:
-            shutil.rmtree(plan.partial, ignore_errors=True)
+            resume.clear(plan.partial, resume.STAGES)
             raise
         except EdgeGuardError:
             raise
@@ -177,12 +177,31 @@ def _check_choice(target: str, precision: str, exporter: str, shared: bool) -> N
 
 
 def _check_target(out: Path, force: bool) -> None:
+    if out.is_symlink():
+        raise ConversionError(f"{out} is a link. Name the folder that is to be made.")
+    for folder, file in ((_partial(out), resume.STAGES), (_replaced(out), MANIFEST)):
+        if folder.is_symlink() or (folder.exists() and not (folder / file).is_file() and not _is_empty(folder)):
+            raise ConversionError(f"{folder} is in the way, and was not left by a conversion. Move it away, or choose another --out.")
     if not out.exists():
         return
     if not force:
         raise ConversionError(f"{out} exists already. Choose another folder, or replace it with --force.")
     if not (out / MANIFEST).is_file():
         raise ConversionError(f"{out} is no artifact, so it is not replaced. Choose another folder.")
+
+
+def _partial(out: Path) -> Path:
+    """Where an artifact is built."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def _replaced(out: Path) -> Path:
+    """Where the artifact goes that it takes the place of."""
+    return out.with_name(f"{out.name}.replaced.partial")
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
 
 
 def _check_source(plan: Plan) -> None:
@@ -195,7 +214,7 @@ def _check_source(plan: Plan) -> None:
 
 def _lock(out: Path) -> Path:
     """One for each target, in a place that can be written whatever the target is."""
-    mark = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:12]
+    mark = hashlib.sha256(os.fsencode(out.resolve())).hexdigest()[:12]
     return home() / ".locks" / f"{out.name}.{mark}.lock"
 
 
@@ -364,9 +383,9 @@ def _answers(work: Work, artifact: Artifact, rows: Sequence[int]) -> FloatArray:
 
 def _rename(plan: Plan) -> None:
     """Give the finished folder its name; what it replaces goes last."""
-    old = plan.out.with_name(f"{plan.out.name}.replaced.partial")
-    shutil.rmtree(old, ignore_errors=True)
+    old = _replaced(plan.out)
+    resume.clear(old, MANIFEST)
     if plan.out.exists():
         plan.out.rename(old)
     plan.partial.rename(plan.out)
-    shutil.rmtree(old, ignore_errors=True)
+    resume.clear(old, MANIFEST)

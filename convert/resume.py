@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,23 @@ def take_up(folder: Path, own: Mapping[str, Any]) -> Journal:
     if journal is None or journal.finished(BEGUN) is None:
         if journal is not None:
             journal.close()
-            shutil.rmtree(folder)
+            clear(folder, STAGES)
         folder.mkdir(parents=True)
         journal = Journal(folder / STAGES, own)
         journal.finish(BEGUN, {})
     (folder / MANIFEST).unlink(missing_ok=True)  # killed before the folder was renamed
     return journal
+
+
+def clear(folder: Path, mark: str) -> None:
+    """Remove a folder, if it is there; the file that tells that it is a conversion's goes last, should this be broken off."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != mark:
+            with suppress(OSError):
+                path.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def hashed(files: Sequence[Path], journal: Journal, progress: Progress | None = None) -> dict[str, str]:

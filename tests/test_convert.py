@@ -26,7 +26,7 @@ from edgeguard.backends.onnx import OnnxBackend
 from edgeguard.backends.reference import ReferenceBackend
 from edgeguard.cli import main
 from edgeguard.conversation import Conversation
-from edgeguard.convert import pipeline, room
+from edgeguard.convert import pipeline, resume, room
 from edgeguard.convert.cli import STAGES, plain_stages, span
 from edgeguard.convert.gguf_source import GgufWeights
 from edgeguard.convert.pipeline import convert
@@ -290,7 +290,8 @@ def test_interrupted_run_leaves_only_the_partial_folder(small: Path, tmp_path: P
 def test_next_run_clears_what_an_interrupted_one_left(small: Path, tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "model.onnx").write_text("half")
-    (tmp_path / "out.partial" / "rubbish").write_text("half")
+    (tmp_path / "out.partial" / "rubbish").mkdir()
+    (tmp_path / "out.partial" / resume.STAGES).write_text("half")
     stages = []
     made = convert(small, tmp_path / "out", target="onnx", precision="int8",
                    progress=lambda stage, done, total: stages.append((stage, done, total)))
@@ -366,6 +367,21 @@ def test_refused_choices(tmp_path: Path, options: dict[str, Any], reason: str) -
 def test_target_must_be_a_folder_of_its_own(tmp_path: Path, out: str) -> None:
     with pytest.raises(ConversionError, match="new folder"):
         convert(tmp_path, out, target="onnx", precision="fp32", force=True)
+
+
+def test_target_is_no_link_and_nothing_of_others_is_removed(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real", target_is_directory=True)
+    with pytest.raises(ConversionError, match="is a link"):
+        convert(small, tmp_path / "link", target="onnx", precision="fp32", force=True)
+    for name in ("out.partial", "out.replaced.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "diary.txt").write_text("mine")
+        with pytest.raises(ConversionError, match=rf"{name} is in the way"):
+            convert(small, tmp_path / "out", target="onnx", precision="fp32", force=True)
+        assert (tmp_path / name / "diary.txt").read_text() == "mine"
+        (tmp_path / name).rename(tmp_path / "elsewhere")
+        shutil.rmtree(tmp_path / "elsewhere")
 
 
 def test_target_that_another_process_makes_is_named(tmp_path: Path) -> None:
