@@ -146,7 +146,7 @@ INLINE void NAME(score)(const float *const *queries, const float *const *keys, i
 
 /* Adds the values of some keys, in their shares, to four vectors of each row, from a column on. */
 INLINE void NAME(add_values)(const float *shares, int64_t stride, const float *const *values, int64_t column, int64_t count, float *out,
-                       int64_t width, const int rows) {
+                             int64_t width, const int rows) {
     V sums[ROWS][4];
     for (int row = 0; row < rows; row++) for (int i = 0; i < 4; i++) sums[row][i] = LOAD(out + row * width + column + i * WIDE);
     for (int64_t key = 0; key < count; key++) {
