@@ -156,6 +156,13 @@ class TestCheck:
         assert SECRET not in out + err
         assert err.startswith("edgeguard: error: ")
 
+    def test_an_error_that_cannot_be_explained_is_one_all_the_same(self, loaded: list[FakeGuard], monkeypatch: pytest.MonkeyPatch) -> None:
+        def full(_error: BaseException) -> str:
+            raise MemoryError
+
+        monkeypatch.setattr("edgeguard.cli._explain", full)
+        assert main(["check", "crash"]) == 2
+
     def test_unexpected_errors_hint_at_the_switch(
         self, loaded: list[FakeGuard], capsys: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -89,8 +89,11 @@ class TestPull:
         assert hub.fetched == ["a-Q4_K_M.gguf"]
 
     def test_no_model_gets_no_name(self, hub: FakeHub, home: Path) -> None:
-        del hub.files["model.safetensors"]
+        del hub.files["config.json"]
         with pytest.raises(ModelFileError, match="not a model"):
+            store.pull("org/guard")
+        del hub.files["model.safetensors"]
+        with pytest.raises(StoreError, match="no weights that could be used, only LICENSE"):
             store.pull("org/guard")
         assert not (home / "org--guard").exists()
 

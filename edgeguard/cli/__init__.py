@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = run(sys.argv[1:] if argv is None else list(argv))
     except BaseException as error:
         status = ERROR
-        _complain(_explain(error))
+        with contextlib.suppress(Exception):  # there may be no memory left to explain it
+            _complain(_explain(error))
         if os.environ.get("EDGEGUARD_DEBUG") == "1":
             _complain(traceback.format_exc())
     return status if _flushed() else ERROR

@@ -111,6 +111,8 @@ def _contents(hub_id: str, revision: str | None, patterns: Sequence[str]) -> tup
             wanted[path] = (int(file.size or 0), str(file.lfs.sha256) if file.lfs else "")
     if not wanted:
         raise StoreError(f"{hub_id} has no file that fits {', '.join(patterns)}.")
+    if not any(path.endswith(WEIGHTS) for path in wanted):
+        raise StoreError(f"{hub_id} has no weights that could be used, only {', '.join(wanted)[:200]}; they end in {', '.join(WEIGHTS)}.")
     return str(info.sha), wanted
 
 
