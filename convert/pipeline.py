@@ -10,7 +10,8 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -132,10 +133,10 @@ def convert(source: str | Path, out: str | Path, *, target: str, precision: str,
         raise ConversionError("--out must be the path of a new folder; an empty one, '.' and '..' are none.")
     if name is not None and not NAME.fullmatch(name):
         raise ConversionError(f"{name[:80]!r} is not a name: letters, digits, '.', '_' and '-' make one, 128 at most.")
-    with locked(_lock(out), timeout=0, what=str(out)):
+    with locked(_lock(out), timeout=0, what=str(out)), _files_told(out):
         _check_target(out, force)
         opened = open_source(source, None if tokenizer is None else Path(tokenizer), told,
-                             partial(_check_download, out, target, precision))
+                             partial(_check_download, out, target, precision, exporter))
         chosen = asked_for(opened.name, opened.profile, (opened.profile or PROFILE) if profile is None else profile)
         plan = Plan(opened, out, cast(Kind, target), precision, chosen,
                     name or _default_name(chosen, opened, precision), exporter, shared, threads)
@@ -143,15 +144,22 @@ def convert(source: str | Path, out: str | Path, *, target: str, precision: str,
         questions = questions_of(plan.source, plan.kind, plan.profile)
         _check_room(plan, questions, tell or (lambda _sentence: None))
         try:
-            manifest = _work(plan, questions, told)
+            return _work(plan, questions, told)
         except ConversionError:
-            resume.clear(plan.partial, resume.STAGES)
+            with suppress(OSError):
+                resume.clear(plan.partial, resume.STAGES)
             raise
-        except EdgeGuardError:
-            raise
-        except OSError as error:
-            raise StoreError(f"{plan.partial} could not be written: {error.strerror or error}.") from error
-    return manifest
+
+
+@contextmanager
+def _files_told(out: Path) -> Iterator[None]:
+    """What the system refuses, as an error of ours."""
+    try:
+        yield
+    except EdgeGuardError:
+        raise
+    except OSError as error:
+        raise StoreError(f"{error.filename or _partial(out)} could not be read or written: {error.strerror or error}.") from error
 
 
 def _default_name(profile: Profile, source: Source, precision: str) -> str:
@@ -224,10 +232,10 @@ def needs(plan: Plan, questions: Questions) -> room.Needs:
                       kinds=_gguf_kinds(plan), traced=plan.exporter == "optimum")
 
 
-def _check_download(out: Path, kind: str, precision: str, folder: Path, coming: int) -> None:
+def _check_download(out: Path, kind: str, precision: str, exporter: str, folder: Path, coming: int) -> None:
     """Raises `ConversionError` when the disk would not hold the weights that are to be fetched and what is made of them."""
-    shape = Shape.from_config(read_json(folder / "config.json"))
-    room.check_download(room.artifact_bytes(shape, kind, precision), out, folder, coming)
+    shape, traced = Shape.from_config(read_json(folder / "config.json")), exporter == "optimum"
+    room.check_download(room.artifact_bytes(shape, kind, precision, exported=traced) * (1 + traced), out, folder, coming)
 
 
 def _check_room(plan: Plan, questions: Questions, tell: Callable[[str], None]) -> None:
@@ -388,4 +396,5 @@ def _rename(plan: Plan) -> None:
     if plan.out.exists():
         plan.out.rename(old)
     plan.partial.rename(plan.out)
-    resume.clear(old, MANIFEST)
+    with suppress(OSError):  # the new one is there; the next conversion clears it
+        resume.clear(old, MANIFEST)

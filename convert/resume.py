@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +44,15 @@ def take_up(folder: Path, own: Mapping[str, Any]) -> Journal:
 
 
 def clear(folder: Path, mark: str) -> None:
-    """Remove a folder, if it is there; the file that tells that it is a conversion's goes last, should this be broken off."""
-    for path in folder.iterdir() if folder.is_dir() else ():
+    """Remove a folder, if it is there; `mark`, which tells that it is a conversion's, goes last. Raises `OSError`."""
+    if not folder.is_dir():
+        return
+    for path in list(folder.iterdir()):
         if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(path)
         elif path.name != mark:
-            with suppress(OSError):
-                path.unlink()
-    shutil.rmtree(folder, ignore_errors=True)
+            path.unlink()
+    shutil.rmtree(folder)
 
 
 def hashed(files: Sequence[Path], journal: Journal, progress: Progress | None = None) -> dict[str, str]:

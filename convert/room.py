@@ -152,7 +152,7 @@ def check_download(artifact: int, out: Path, into: Path, coming: int) -> None:
     """Raises `ConversionError` when the disk would not hold an artifact beside the `coming` bytes of its source."""
     folder = _there(out)
     both = artifact + (coming if folder.stat().st_dev == into.stat().st_dev else 0)
-    _compare("disk", both, shutil.disk_usage(folder).free, f" at {folder} (of them {told(both - artifact)} for the source)")
+    _compare(f"disk, {told(both - artifact)} of it for the source", both, shutil.disk_usage(folder).free, f" at {folder}")
 
 
 def _there(path: Path) -> Path:

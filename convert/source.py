@@ -88,8 +88,7 @@ def open_source(given: str | Path, tokenizer: Path | None = None, progress: Prog
 def _check_beside(name: str, folder: Path, tokenizer: Path | None) -> None:
     """Raises `ModelFileError` when a folder lacks what a conversion needs beside weights."""
     if not (folder / "config.json").is_file():
-        raise ModelFileError(f"{name} has no config.json, so it is no Hugging Face model. "
-                             "GGUF files of the hub are fetched by: edgeguard models pull ORG/NAME --include '*Q8_0.gguf'")
+        raise ModelFileError(f"{name} has no config.json, so it is no Hugging Face model.")
     if tokenizer is None and not (folder / "tokenizer.json").is_file():
         raise ModelFileError(f"{name} has no tokenizer.json; give the path of one (--tokenizer).")
 

@@ -16,6 +16,8 @@ CONFIG = {"layers": "num_hidden_layers", "hidden": "hidden_size", "heads": "num_
           "ffn": "intermediate_size", "vocab": "vocab_size", "context": "max_position_embeddings", "rms_eps": "rms_norm_eps",
           "tied": "tie_word_embeddings"}
 """What config.json calls a field; others have one name."""
+SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+"""Numbers of Llama 3.1's scaling of RoPE."""
 
 
 @dataclass(frozen=True)
@@ -50,20 +52,20 @@ class Shape:
             # transformers 5 moved the RoPE numbers into one mapping
             rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
             theta = rope.pop("rope_theta", config.get("rope_theta", 10000.0))
-            scaling = None if rope.get("rope_type", "default") == "default" else rope
-            if scaling is not None and scaling["rope_type"] != "llama3":
-                raise ModelFileError(f"RoPE scaling of type {scaling['rope_type']!r} is not supported, only 'llama3'.")
+            kind = rope.get("rope_type", rope.get("type", "default"))
+            if kind not in ("default", "llama3"):
+                raise ValueError(f"RoPE scaling of type {kind!r} is not supported, only 'llama3'.")
             shape = cls(
                 layers=config["num_hidden_layers"], hidden=hidden, heads=heads, kv_heads=config.get("num_key_value_heads") or heads,
-                head_dim=config.get("head_dim") or hidden // heads, ffn=config["intermediate_size"], vocab=config["vocab_size"],
+                head_dim=config.get("head_dim") or _head_dim(hidden, heads), ffn=config["intermediate_size"], vocab=config["vocab_size"],
                 context=config["max_position_embeddings"], rope_theta=theta, rms_eps=config["rms_norm_eps"],
-                tied=config.get("tie_word_embeddings", False), rope_scaling=scaling,
+                tied=config.get("tie_word_embeddings") or False, rope_scaling=rope if kind == "llama3" else None,
             )
             shape.check(CONFIG)
         except KeyError as error:
             raise ModelFileError(f"config.json lacks {error}.") from error
-        except (TypeError, ValueError, ZeroDivisionError) as error:
-            raise ModelFileError(f"config.json is not that of a Llama: {error}") from error
+        except (TypeError, ValueError) as error:
+            raise ModelFileError(f"config.json is not that of a Llama that edgeguard reads: {error}") from error
         return shape
 
     def check(self, names: Mapping[str, str] | None = None) -> None:
@@ -72,13 +74,15 @@ class Shape:
         for name, most in MOST.items():
             number = getattr(self, name)
             if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= most:
-                raise ValueError(f"{told.get(name, name)} is {repr(number)[:40]}; 1 to {most} are possible.")
+                raise ValueError(f"{told.get(name, name)} is {repr(number)[:40]}; whole numbers from 1 to {most} are possible.")
         for name in ("rope_theta", "rms_eps"):
             real = getattr(self, name)
-            if isinstance(real, bool) or not isinstance(real, (int, float)) or not 0 < real <= MOST_REAL:  # NaN is in no range
+            if not _is_positive(real):
                 raise ValueError(f"{told.get(name, name)} is {repr(real)[:40]}; a positive number is needed.")
         if not isinstance(self.tied, bool):
-            raise TypeError(f"{told.get('tied', 'tied')} must be true or false.")
+            raise ValueError(f"{told.get('tied', 'tied')} must be true or false.")
+        if self.rope_scaling is not None and not all(_is_positive(self.rope_scaling.get(name)) for name in SCALING):
+            raise ValueError(f"rope_scaling lacks one of {', '.join(SCALING)}, or holds no positive number there.")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} heads of keys.")
 
@@ -97,3 +101,12 @@ class Shape:
     def kv_bytes(self) -> int:
         """Bytes of keys and values of one token in float32."""
         return 2 * self.layers * self.kv_heads * self.head_dim * 4
+
+
+def _head_dim(hidden: object, heads: object) -> int:
+    """The width of a head where it is not told; 0 where its parts are no numbers, which are refused by their names."""
+    return hidden // heads if isinstance(hidden, int) and isinstance(heads, int) and heads > 0 else 0
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= MOST_REAL  # NaN is in no range

@@ -182,7 +182,7 @@ def open_choice(choice: Choice, *, device: str = "auto", threads: int | None = N
         store.check_unmoved(found, before)
         if tokenizer.vocab_size < (rows := int(running.info.head_ids[-1]) + 1):
             raise ModelMismatchError(f"The tokenizer of {found.name} has {tokenizer.vocab_size} ids, its model answers with {rows}.")
-    except EdgeGuardError:
+    except BaseException:
         running.shutdown()
         raise
     return Parts(running, tokenizer, named, _identity(found.name, _weights_hash(found), named, running), applied)

@@ -93,8 +93,11 @@ class TestPull:
         with pytest.raises(ModelFileError, match="not a model"):
             store.pull("org/guard")
         del hub.files["model.safetensors"]
-        with pytest.raises(StoreError, match="no weights that could be used, only LICENSE"):
+        with pytest.raises(StoreError, match=r"org/guard has no weights that fit .*\.md\.$"):
             store.pull("org/guard")
+        hub.files["model-Q4.gguf"] = b"GGUF"
+        with pytest.raises(StoreError, match="models pull org/guard --include"):
+            store.pull("org/guard", include=["*.safetensors"])
         assert not (home / "org--guard").exists()
 
     def test_file_that_is_not_what_was_announced(self, hub: FakeHub, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,6 +108,14 @@ class TestPull:
             store.pull("org/guard")
         assert not (home / "org--guard").exists()
         assert not (home / "org--guard.partial" / "model.safetensors").exists()
+
+    def test_small_files_are_held_against_gits_hash(self, tmp_path: Path) -> None:
+        path = tmp_path / "config.json"
+        path.write_bytes(b"hello\n")
+        found = store.record(path)
+        assert download.Announced(6, "", "ce013625030ba8dba906f756967f9e9ca394464a").is_that_of(path, found)  # git hash-object
+        assert not download.Announced(6, "", "ce013625030ba8dba906f756967f9e9ca394464b").is_that_of(path, found)
+        assert download.Announced(6, "", "").is_that_of(path, found), "nothing was announced"
 
     @pytest.mark.parametrize("name", ["EDGEGUARD_OFFLINE", "HF_HUB_OFFLINE"])
     def test_offline_says_what_to_do(self, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -145,7 +156,7 @@ class TestPull:
                                                                         monkeypatch: pytest.MonkeyPatch) -> None:
         hub.files |= {"config.json": json.dumps(CONFIG).encode(), "tokenizer.json": b"{}"}
         monkeypatch.setattr(download.shutil, "disk_usage", lambda path: types.SimpleNamespace(free=8_000_000_000))
-        with pytest.raises(ConversionError, match=r"needs about 8\.\d GB of disk, 8.0 GB are free at .*: \d+ MB are missing"):
+        with pytest.raises(ConversionError, match=r"about 8\.\d GB of disk, 7 B of it for the source, 8\.0 GB are free at .*: \d+ MB"):
             convert("org/guard", tmp_path / "out", target="onnx", precision="int8")
         assert sorted(hub.fetched) == ["LICENSE", "config.json", "tokenizer.json"]
         with pytest.raises(ModelFileError, match="safetensors"):  # there is room for 4 bits

@@ -67,7 +67,7 @@ class TestManifest:
         ({"shape": {**SHAPE.to_dict(), "rms_eps": 0}}, "rms_eps"),
         ({"shape": {**SHAPE.to_dict(), "rope_theta": 10**400}}, "rope_theta"),
         ({"shape": {**SHAPE.to_dict(), "context": 10**12}}, "context"), ({"shape": {**SHAPE.to_dict(), "vocab": 2**63}}, "vocab"),
-        ({"shape": {**SHAPE.to_dict(), "layers": 1025}}, "1 to 1024"), ({"shape": {**SHAPE.to_dict(), "tied": 1}}, "tied"),
+        ({"shape": {**SHAPE.to_dict(), "layers": 1025}}, "from 1 to 1024"), ({"shape": {**SHAPE.to_dict(), "tied": 1}}, "tied"),
         ({"shape": {**SHAPE.to_dict(), "heads": 3, "kv_heads": 2}}, "3 heads"),
         ({"shape": {**SHAPE.to_dict(), "rope_scaling": 8}}, "'shape'"),
         ({"format": True}, "format True"), ({"format": 1.0}, "format 1.0"), ({"name": "a\nb"}, "'name'"), ({"name": "a" * 129}, "'name'"),

@@ -111,7 +111,7 @@ class Session:
         self._stop = ctypes.create_string_buffer(2)
         self._strlen = llama.ggml_abort_callback(ctypes.cast(_libc().strlen, ctypes.c_void_p).value)
         llama.llama_set_abort_callback(context_pointer, self._strlen, ctypes.addressof(self._stop))
-        self.close = weakref.finalize(self, _free, llama, (model, context_pointer), self._worker, self._process)
+        self.close = weakref.finalize(self, _free, llama, (model, context_pointer), self._worker, self._process, self._file)
         # copying cells to other devices is slow, and they add in another order
         self._filler = self._make_filler() if device is None else None
 
@@ -247,13 +247,14 @@ class Session:
         return row
 
 
-def _free(llama: Any, pointers: tuple[Any, Any], worker: ThreadPoolExecutor, process: int) -> None:  # noqa: ANN401
+def _free(llama: Any, pointers: tuple[Any, Any], worker: ThreadPoolExecutor, process: int, file: Unchanged) -> None:  # noqa: ANN401
     """End a session; in a forked child its threads are gone and nothing may be touched."""
     if os.getpid() == process:
         model, context = pointers
         worker.shutdown()
         llama.llama_free(context)
         llama.llama_model_free(model)
+        file.close()
 
 
 def _load(llama: Any, path: Path, device: int | None, repack: bool) -> Any:  # noqa: ANN401, a ctypes pointer

@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = ERROR
         with contextlib.suppress(Exception):  # there may be no memory left to explain it
             _complain(_explain(error))
-        if os.environ.get("EDGEGUARD_DEBUG") == "1":
-            _complain(traceback.format_exc())
+            if os.environ.get("EDGEGUARD_DEBUG") == "1":
+                _complain(traceback.format_exc())
     return status if _flushed() else ERROR
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -190,7 +191,11 @@ def marks(model: Model) -> Marks:
     """What tells the files of a model as they lie there now, for `check_unmoved`."""
     names = model.manifest.files if isinstance(model, Artifact) else ()
     paths = {*(model.folder / name for name in names), model.weights, model.tokenizer}
-    return {path: mark(path) if path.is_file() else None for path in paths}
+    found: dict[Path, list[int] | None] = dict.fromkeys(paths)
+    for path in paths:
+        with suppress(OSError):  # what lacks is told when it is read
+            found[path] = mark(path)
+    return found
 
 
 def check_unmoved(model: Model, before: Marks) -> None:

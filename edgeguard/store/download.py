@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from edgeguard.errors import EdgeGuardError, ModelNotFoundError, RuntimeMissingError, StoreError
 from edgeguard.store.catalogue import BUILT_IN, HUB_ID, Entry, entry, home, installed_name, offline, scan
@@ -47,11 +48,11 @@ def pull(hub_id: str, revision: str | None = None, progress: Progress | None = N
         with _hub(hub_id):
             commit, wanted = _contents(hub_id, revision, include or INCLUDE)
             _remove_others(begun, wanted)
-            coming = _need_space(hub_id, begun, wanted)
+            _need_space(hub_id, begun, wanted)
             fetch = partial(_fetch, hub_id, commit, into=begun, progress=progress)
             got = {path: fetch(path, want) for path, want in wanted.items() if not path.endswith(WEIGHTS)}
         if before_weights:
-            before_weights(begun, coming)
+            before_weights(begun, _need_space(hub_id, begun, wanted))
         with _hub(hub_id):
             got |= {path: fetch(path, want) for path, want in wanted.items() if path.endswith(WEIGHTS)}
             shutil.rmtree(begun / ".cache", ignore_errors=True)
@@ -67,11 +68,11 @@ def remove(name: str) -> Path:
         raise StoreError(f"{name} is part of edgeguard and cannot be removed.")
     folder = entry(name).folder
     with locked(_lock(folder.name)):
-        if folder.is_symlink():  # what it points to is not ours
-            folder.unlink()
-            return folder
         doomed = folder.with_name(f"{folder.name}.removed.partial")
         try:
+            if folder.is_symlink():  # what it points to is not ours
+                folder.unlink()
+                return folder
             shutil.rmtree(doomed, ignore_errors=True)
             folder.rename(doomed)
             shutil.rmtree(doomed)
@@ -99,26 +100,41 @@ def _lock(name: str) -> Path:
     return home() / ".locks" / f"{name}.lock"
 
 
-def _contents(hub_id: str, revision: str | None, patterns: Sequence[str]) -> tuple[str, dict[str, tuple[int, str]]]:
-    """The commit, and size and SHA-256 (empty where the hub knows none) of each file that is wanted."""
+class Announced(NamedTuple):
+    """What the hub says of a file; empty where it does not."""
+
+    size: int
+    sha256: str
+    blob: str
+    """SHA-1 as git has it, of files without a SHA-256."""
+
+    def is_that_of(self, path: Path, found: FileRecord) -> bool:
+        """Whether a file is what was announced."""
+        if self.sha256 or not self.blob:
+            return found.sha256 == (self.sha256 or found.sha256)
+        data = path.read_bytes()  # small ones: the hub keeps large ones by SHA-256
+        return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest() == self.blob
+
+
+def _contents(hub_id: str, revision: str | None, patterns: Sequence[str]) -> tuple[str, dict[str, Announced]]:
+    """The commit, and what is announced of each file that is wanted."""
     import huggingface_hub
 
     info = huggingface_hub.HfApi().model_info(hub_id, revision=revision, files_metadata=True)
-    wanted = {}
-    for file in info.siblings or ():
-        path = str(file.rfilename)
-        if PATH.fullmatch(path) and not path.startswith("original/") and any(fnmatch(path, pattern) for pattern in patterns):
-            wanted[path] = (int(file.size or 0), str(file.lfs.sha256) if file.lfs else "")
-    if not wanted:
-        raise StoreError(f"{hub_id} has no file that fits {', '.join(patterns)}.")
+    files = {str(file.rfilename): file for file in info.siblings or ()}
+    wanted = {path: Announced(int(file.size or 0), str(file.lfs.sha256) if file.lfs else "", str(getattr(file, "blob_id", "") or ""))
+              for path, file in files.items()
+              if PATH.fullmatch(path) and not path.startswith("original/") and any(fnmatch(path, pattern) for pattern in patterns)}
     if not any(path.endswith(WEIGHTS) for path in wanted):
-        raise StoreError(f"{hub_id} has no weights that could be used, only {', '.join(wanted)[:200]}; they end in {', '.join(WEIGHTS)}.")
+        hint = f" Its GGUF files are fetched by: edgeguard models pull {hub_id} --include '*Q8_0.gguf'"
+        raise StoreError(f"{hub_id} has no weights that fit {', '.join(patterns)}."
+                         f"{hint if any(path.endswith('.gguf') for path in files) else ''}")
     return str(info.sha), wanted
 
 
-def _remove_others(begun: Path, wanted: Mapping[str, tuple[int, str]]) -> None:
+def _remove_others(begun: Path, wanted: Mapping[str, Announced]) -> None:
     """What a download of another commit or other patterns has left there: it would be taken for a part of this model."""
-    shas = {sha for _, sha in wanted.values() if sha}
+    shas = {each.sha256 or each.blob for each in wanted.values()} - {""}
     for path in [path for path in begun.rglob("*") if path.is_file()]:
         name = path.relative_to(begun).as_posix()
         # huggingface_hub keeps its own records there, and parts of files by their hashes
@@ -127,29 +143,28 @@ def _remove_others(begun: Path, wanted: Mapping[str, tuple[int, str]]) -> None:
             path.unlink()
 
 
-def _need_space(hub_id: str, begun: Path, wanted: Mapping[str, tuple[int, str]]) -> int:
+def _need_space(hub_id: str, begun: Path, wanted: Mapping[str, Announced]) -> int:
     """The bytes that are not there yet."""
     begun.mkdir(parents=True, exist_ok=True)
     have = sum(path.stat().st_size for path in begun.rglob("*") if path.is_file())
-    need, free = sum(size for size, _ in wanted.values()) - have, shutil.disk_usage(begun).free
+    need, free = sum(each.size for each in wanted.values()) - have, shutil.disk_usage(begun).free
     if need > free:
         raise StoreError(f"{hub_id} needs {need / 1e9:.1f} GB more, {begun.parent} has {free / 1e9:.1f} GB free.")
     return max(0, need)
 
 
 def _fetch(
-    hub_id: str, commit: str, path: str, expected: tuple[int, str], *, into: Path, progress: Progress | None
+    hub_id: str, commit: str, path: str, announced: Announced, *, into: Path, progress: Progress | None
 ) -> FileRecord:
     import huggingface_hub
 
-    size, announced = expected
     if progress:
-        progress(path, 0, size)
+        progress(path, 0, announced.size)
     huggingface_hub.hf_hub_download(hub_id, path, revision=commit, local_dir=into)
     got = record(into / path, progress)
-    if announced and got.sha256 != announced:
+    if not announced.is_that_of(into / path, got):
         (into / path).unlink()
-        raise StoreError(f"{path} of {hub_id} is not what the hub announced (SHA-256 differs). Try again.")
+        raise StoreError(f"{path} of {hub_id} is not what the hub announced (its hash differs). Try again.")
     return got
 
 

@@ -165,7 +165,8 @@ class Unchanged:
 
     def __init__(self, paths: Iterable[Path]) -> None:
         self._held: list[tuple[Path, int, tuple[int, int]]] = []
-        weakref.finalize(self, _close, self._held)
+        self.close = weakref.finalize(self, _close, self._held)
+        """Let the files go; again is harmless."""
         for path in paths:
             try:
                 handle = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
