@@ -205,7 +205,9 @@ def _drawn(kinds: NDArray[np.int64], rows: NDArray[np.int64], measure: Callable[
            samples: int) -> Interval | None:
     """The interval of rows of few kinds: what each kind adds to the counts, (kinds, 4), and how many rows it has, (kinds,)."""
     drawn = np.random.default_rng(seed).multinomial(rows.sum(), rows / rows.sum(), size=samples) @ kinds
-    return percentiles([measure(Counts(*row)) for row in drawn.tolist()])
+    different, which = np.unique(drawn, axis=0, return_inverse=True)
+    values = [measure(Counts(*row)) for row in different.tolist()]
+    return percentiles([values[place] for place in which.ravel()])
 
 
 def share_interval(part: int, whole: int, seed: int = 0) -> Interval | None:
