@@ -1,4 +1,4 @@
-"""The README's tables of results say what the stored runs hold."""
+"""The tables of results in the README and in docs/results.md say what the stored runs hold."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from edgeguard.bench.cells import Cell
 from edgeguard.bench.result import agreement
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-RUN = re.compile(r"\(docs/results/([a-z0-9-]+)\.json\)")
+SHOWN = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "docs/results.md"))
+RUN = re.compile(r"\((?:docs/)?results/([a-z0-9-]+)\.json\)")
 NUMBER = re.compile(r"(\d+(?:\.\d+)?)\s*(x|GiB|ms|s|GB|%|)")
 SIZES = {"s": 1.0, "ms": 1e-3, "GB": 1e9, "%": 0.01, "x": 1.0, "GiB": 1.0, "": 1.0}
 """What a unit stands for in a run, whose targets have the unit of the wish."""
@@ -49,8 +47,6 @@ CONTENDERS = {
     "edgeguard, onnx backend, int8": "ladder/L2/onnx-int8",
 }
 """Rows of the tables of times, and the cells they are of."""
-FIDELITY = [("speed-mini-fidelity", "onnx-int8"), ("speed-mini-fidelity-int4", "onnx-int4")]
-"""Runs over all validation rows, and the artifacts that they compared."""
 
 
 def run(name: str) -> dict[str, Any]:
@@ -59,7 +55,7 @@ def run(name: str) -> dict[str, Any]:
 
 def table(words: str) -> list[list[str]]:
     """The cells of the table whose header holds these words, header first."""
-    lines = README.split("\n")
+    lines = SHOWN.split("\n")
     start = next(place for place, line in enumerate(lines) if line.startswith("|") and words in line)
     rows = []
     for line in lines[start:]:
@@ -115,23 +111,33 @@ def test_figures_of_the_built_in_model_are_those_of_the_run() -> None:
         assert all(agrees(cell, each["p50"], "ms") for cell, each in zip((safe, unsafe), times, strict=True)), label
         held = agreement([Cell.from_dict(each) for each in cells.values()], Cell.from_dict(times[0]))
         assert held and agrees(same, held.p50 or 0.0, "%"), f"{label}: {same}"
+    found = re.search(r"takes (\d+ ms) for a safe verdict on the machine with AMX, where transformers takes (\d+ ms)", SHOWN)
+    assert found
+    for told, cell in zip(found.groups(), ("ladder/L2/onnx-int8/23/safe", "peers/transformers-fp32/23/safe"), strict=True):
+        assert agrees(told, cells[cell]["p50"], "ms")
     sentences = {"packed 16": r"takes ([\d.]+) of a single one", "transformers fp32": r"transformers takes ([\d.]+) times as long"}
     for what, shown in sentences.items():
         (target,) = (each for each in run("speed-mini")["targets"] if each["what"].startswith("mini") and what in each["what"])
-        found = re.search(shown, README)
+        found = re.search(shown, SHOWN)
         assert found and agrees(found[1], target["got"]), what
 
 
-@pytest.mark.parametrize(("name", "precision"), FIDELITY)
-def test_agreement_is_that_of_the_run(name: str, precision: str) -> None:
-    (cell,) = (each for each in run(name)["cells"] if each["id"] == f"fidelity/{precision}")
-    assert cell["extra"]["rows"] == 4156
-    found = re.search(rf"\[\*\*([\d.]+)%\*\*\]\(docs/results/{name}\.json\)", README)
-    assert found and agrees(found[1] + "%", cell["p50"], "%"), cell["p50"]
+def test_fidelity_is_that_of_the_run() -> None:
+    cells = {each["id"]: each for each in run("speed-mini-fidelity")["cells"] if each["measured"] and each["group"] == "fidelity"}
+    targets = {each["what"]: each for each in run("speed-mini-fidelity")["targets"]}
+    rows = table("| same verdict |")[2:]
+    assert {f"fidelity/{label.replace(' ', '-')}" for label, *_ in rows} == set(cells)
+    for label, wish, same, to_safe, to_unsafe, drift in rows:
+        cell = cells[f"fidelity/{label.replace(' ', '-')}"]
+        numbers, target = cell["extra"], targets[f"mini, {cell['params']['precision']}: verdicts that agree with full precision"]
+        assert numbers["rows"] == 4156 and agrees(wish, float(NUMBER.search(target["wanted"])[1]), "%")  # type: ignore[index]
+        assert agrees(same, cell["p50"], "%") and ("**" in same) <= bool(target["met"]), label
+        assert (int(to_safe), int(to_unsafe)) == (numbers["unsafe_to_safe"], numbers["safe_to_unsafe"])
+        assert agrees(drift, numbers["drift"]), label
 
 
 def test_the_run_with_our_own_kernel_is_told_as_it_was() -> None:
-    found = re.search(r"speed-8b-amx-own\.json\).*?: ([\d.]+)x, ([\d.]+)x, and unsafe over safe ([\d.]+)\.", README)
+    found = re.search(r"speed-8b-amx-own\.json\)\): ([\d.]+)x, ([\d.]+)x, and unsafe over safe ([\d.]+)\.", SHOWN)
     assert found
     got = {each["what"]: each["got"] for each in run("speed-8b-amx-own")["targets"]}
     names = ("llama-cpp-python's first call over edgeguard", "its steady stream over edgeguard", "unsafe with one code over safe")
@@ -140,8 +146,8 @@ def test_the_run_with_our_own_kernel_is_told_as_it_was() -> None:
 
 
 def test_seconds_on_avx2_are_those_of_the_run() -> None:
-    found = re.search(r"takes ([\d.]+) s in int4, ([\d.]+) s with ONNX Runtime's; in int8 ([\d.]+) s\.", README)
-    loads = re.search(r"int4 loads in (\d+) s, with ONNX Runtime's kernel in (\d+) s", README)
+    found = re.search(r"takes ([\d.]+) s in int4, ([\d.]+) s with ONNX Runtime's; in int8 ([\d.]+) s\.", SHOWN)
+    loads = re.search(r"int4 loads in (\d+) s, with ONNX Runtime's kernel in (\d+) s", SHOWN)
     assert found and loads
     cells = {each["id"]: each for each in run("speed-8b-avx2")["cells"] if each["measured"]}
     for told, label in zip(found.groups(), ("onnx-int4", "onnx-int4-runtime", "onnx-int8"), strict=True):
@@ -153,7 +159,7 @@ def test_seconds_on_avx2_are_those_of_the_run() -> None:
 
 def test_what_operators_between_products_gain_is_that_of_the_run() -> None:
     shown = r"a safe message takes (\d+) ms with them and (\d+) ms without, transformers ([\d.]+) times as long as with them"
-    found = re.search(shown, README)
+    found = re.search(shown, SHOWN)
     assert found
     cells = {each["id"]: each for each in run("speed-mini-avx2")["cells"] if each["measured"]}
     ours, plain = (cells[f"ladder/L2/onnx-int8{end}/23/safe"] for end in ("", "-runtime"))
