@@ -1,6 +1,6 @@
 """Text to ids and back, by a `tokenizer.json` or by llama.cpp's own vocabulary; knows no model and no backend.
 
-Both give the same ids, but for the 80 digits that Unicode 16 added and llama.cpp does not know yet. Text is encoded as
+Both give the same ids, but for letters and digits that Unicode 16 added and llama.cpp does not know yet. Text is encoded as
 text whatever it spells: control tokens come only from `Control` segments, by exact look-up, and a vocabulary whose own
 control tokens would be read out of text is refused when it is loaded.
 """
