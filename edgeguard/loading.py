@@ -172,8 +172,7 @@ def open_choice(choice: Choice, *, device: str = "auto", threads: int | None = N
     """Load what was chosen; raises what `Guard.load` does."""
     found = choice.model
     named = profile_of(found, profile)
-    before = store.marks(found)
-    store.check_files(found)
+    before = store.check_files(found)
     applied, _ = calibration_of(found, named, calibration)
     tokenizer = _tokenizer(found.tokenizer)
     _check_memory(choice)

@@ -26,7 +26,7 @@ from edgeguard.backends.packing import NO_ROWS, Entry, Pass, Tree, merge, passes
 from edgeguard.backends.prepacked import load, make
 from edgeguard.errors import EdgeGuardError, InferenceError, ModelFileError
 from edgeguard.machine import available_memory, cpu
-from edgeguard.store.catalogue import check_files, check_unmoved, marks
+from edgeguard.store.catalogue import check_files, check_unmoved
 from edgeguard.store.manifest import Artifact
 from edgeguard.store.prefix_cache import PrefixCache, ids_key
 
@@ -159,8 +159,7 @@ class OnnxBackend:
         with suppress(EdgeGuardError, OSError, MemoryError, RuntimeError), ONE_AT_A_TIME:
             if available_memory() < self._artifact.size * PACKED:
                 return
-            before = marks(self._artifact)
-            check_files(self._artifact)  # again: it may be long since they were loaded
+            before = check_files(self._artifact)  # again: it may be long since they were loaded
             session, fallbacks = self._loaded(asked=True)
             check_unmoved(self._artifact, before)
             self._state = self._using(session)

@@ -178,17 +178,20 @@ def scan(place: Path) -> list[Model]:
     return found
 
 
-def check_files(model: Model, progress: Progress | None = None) -> None:
+def check_files(model: Model, progress: Progress | None = None) -> Marks:
     """Before a load: sizes of an artifact's files, and their hashes when they were not seen before.
 
-    Raises `ModelFileError`. A model without a manifest has nothing to be held against.
+    Gives what tells the files that were checked, for `check_unmoved`. Raises `ModelFileError`. A model without a manifest has
+    nothing to be held against.
     """
+    before = _marks(model)
     if isinstance(model, Artifact):
         check(model.folder, model.manifest.files, Seen(home() / ".seen.json"), progress)
+    return before
 
 
-def marks(model: Model) -> Marks:
-    """What tells the files of a model as they lie there now, for `check_unmoved`."""
+def _marks(model: Model) -> Marks:
+    """Of all files that a model is loaded from, as they lie there now."""
     names = model.manifest.files if isinstance(model, Artifact) else ()
     paths = {*(model.folder / name for name in names), model.weights, model.tokenizer}
     found: dict[Path, list[int] | None] = dict.fromkeys(paths)
@@ -199,8 +202,8 @@ def marks(model: Model) -> Marks:
 
 
 def check_unmoved(model: Model, before: Marks) -> None:
-    """Behind a load: raises `ModelFileError` when a file that was checked is not surely the one that was opened."""
-    now = marks(model)
+    """Behind a load: raises `ModelFileError` when a file that `check_files` has checked is not surely the one that was opened."""
+    now = _marks(model)
     for path in before:
         if now.get(path) != before[path]:
             raise ModelFileError(f"{path} was changed or replaced while it was being loaded, so it is not used. Load the model again.")
