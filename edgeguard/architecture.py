@@ -81,7 +81,9 @@ class Shape:
                 raise ValueError(f"{told.get(name, name)} is {repr(real)[:40]}; a positive number is needed.")
         if not isinstance(self.tied, bool):
             raise ValueError(f"{told.get('tied', 'tied')} must be true or false.")
-        if self.rope_scaling is not None and not all(_is_positive(self.rope_scaling.get(name)) for name in SCALING):
+        scaling: object = self.rope_scaling
+        stretches = isinstance(scaling, Mapping) and all(_is_positive(scaling.get(name)) for name in SCALING)
+        if scaling is not None and not stretches:
             raise ValueError(f"rope_scaling lacks one of {', '.join(SCALING)}, or holds no positive number there.")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} heads of keys.")

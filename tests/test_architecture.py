@@ -7,13 +7,11 @@ from typing import Any
 import pytest
 
 from edgeguard.architecture import Shape
+from edgeguard.bench.checkpoint import config
+from edgeguard.bench.synthetic import LLAMA_GUARD_2
 from edgeguard.errors import ModelFileError
 
-CONFIG: dict[str, Any] = {
-    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0,
-    "tie_word_embeddings": False,
-}
+CONFIG: dict[str, Any] = {**config(LLAMA_GUARD_2), "head_dim": None}  # as in Meta's
 
 
 def test_llama_guard_2() -> None:

@@ -13,14 +13,13 @@ import pytest
 from artifacts import make_artifact, own_home, own_mini
 
 from edgeguard import store
+from edgeguard.bench.checkpoint import config
+from edgeguard.bench.synthetic import LLAMA_GUARD_2
 from edgeguard.convert.pipeline import convert
 from edgeguard.errors import ConversionError, ModelFileError, ModelNotFoundError, RuntimeMissingError, StoreError
 from edgeguard.store import download
 
-CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
-          "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256,
-          "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False}
-"""That of Llama Guard 2."""
+CONFIG = config(LLAMA_GUARD_2)
 
 
 @pytest.fixture(autouse=True)
@@ -182,7 +181,6 @@ class TestPull:
         part = begun / ".cache" / "huggingface" / f"x.{hashlib.sha256(b'weights').hexdigest()}.incomplete"
         for path in (begun / "model-00001-of-00002.safetensors", begun / "old" / "model.gguf", part, part.with_name("x.0123.incomplete")):
             path.write_bytes(b"weights")
-        hub.error = None
         download._remove_others(begun, download._contents("org/guard", None, ["*.safetensors"])[1])
         assert [path for path in begun.rglob("*") if path.is_file()] == [part]
         assert store.pull("org/guard").models[0].kind == "hf"

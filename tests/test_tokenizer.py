@@ -18,13 +18,12 @@ from edgeguard.errors import ModelFileError, ModelMismatchError, RuntimeMissingE
 from edgeguard.prompt import Control, Text, render
 from edgeguard.tokenizer import GgufTokenizer, JsonTokenizer, Tokenizer, shared_prefix
 
-# letters and digits that Unicode 16 added are such for tokenizers and not yet for llama.cpp, which is the one difference between them;
-# Python leaves out what its own tables do not have (Cn), and from 3.14 on they have these
+# letters and digits that Unicode 16 added are such for tokenizers and not yet for llama.cpp: the one difference between them
 UNICODE_16 = {0x1C89, 0x1C8A, *range(0xA7CB, 0xA7CE), *range(0xA7DA, 0xA7DD), *range(0x105C0, 0x105F4), *range(0x10D40, 0x10D90),
               *range(0x10EC2, 0x10EC5), *range(0x11380, 0x113E3), *range(0x116D0, 0x116E4), *range(0x11BC0, 0x11BFA),
               *range(0x13460, 0x143FB), 0x18CFF, *range(0x16100, 0x1613A), *range(0x16D40, 0x16D7A), *range(0x1CCF0, 0x1CCFA),
               *range(0x1E5D0, 0x1E600)}
-characters = st.characters(exclude_categories=["Cs", "Cn"]).filter(lambda character: ord(character) not in UNICODE_16)
+characters = st.characters(exclude_categories=["Cs"]).filter(lambda character: ord(character) not in UNICODE_16)
 ODD = (" \t\n\r\v\f\x85\xa0\u2003\u2028\u3000'sStTrReEvVmMlLdD\u017fK019\u0663²½,.;!?-_/\\<|>éß"
        "İ漢か한न्👩\u200d\u0301\ufeff\0")
 PIECES = ["<|eot_id|>", "<|im_end|>", "<|", "|>", "eot_id", "don't", "'LL", "S10", ",S", " unsafe", "\n\n", "12345"]

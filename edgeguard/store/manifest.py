@@ -312,6 +312,4 @@ def _prefixes(value: object) -> tuple[PrefixRecord, ...]:
 def _shape(value: object) -> Shape:
     shape = Shape(**_mapping(value))
     shape.check()
-    if shape.rope_scaling is not None:
-        _mapping(shape.rope_scaling)
     return shape
